@@ -1,0 +1,194 @@
+"""What a run is: every key that a config may hold, with its unit. `load.py` fills it, `check.py` holds the rules between keys."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+Natural = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Ratio = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    """A part of the config: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class AttoConfig(Section):
+    """The global transformer over latents."""
+
+    width: Positive = Field(description="H, width of a latent")
+    layers: Positive
+    heads: Positive = Field(description="A, query heads")
+    kv_heads: Positive = Field(description="G, key/value heads")
+    ffn_width: Positive = Field(description="inner width of SwiGLU")
+    rotary_pairs: tuple[Natural, Natural, Natural, Natural] = Field(
+        description="pairs of a head's K/2 given to document, t, y, x"
+    )
+    rotary_base: float = Field(10_000.0, gt=1.0)
+    norm_epsilon: float = Field(1e-5, gt=0.0)
+
+
+class TextConfig(Section):
+    """Preludio and Coda for bytes."""
+
+    width: Positive = Field(description="D, width of a byte; divides atto.width")
+    heads: Positive
+    ffn_width: Positive
+    preludio_layers: Natural = Field(description="local causal layers before pooling")
+    coda_layers: Positive
+    window: Positive = Field(64, description="W, symbols that a symbol may look back, itself included")
+
+
+class MediaConfig(Section):
+    """A latent modality: any grid of VAE latents."""
+
+    channels: Positive = Field(description="C, channels of the autoencoder's latent")
+    rank: Literal[1, 2, 3] = Field(description="grid axes: 1 audio (t), 2 images (y, x), 3 video (t, y, x)")
+    patch: Positive = Field(description="latent cells of a patch along each axis")
+    buckets: tuple[tuple[Positive, ...], ...] = Field(description="shapes of the grid, in latent cells, ascending")
+    coda_width: Positive = Field(description="inner width of the Coda's blocks")
+    coda_layers: Positive = Field(2, description="residual blocks of the Coda")
+    objective: Literal["flow"] = "flow"
+    time_conditioning: Literal["add"] = "add"
+
+
+class RouterConfig(Section):
+    """The probe that says what comes next."""
+
+    recurrent: bool = Field(False, description="whether the class `recurrent` may be answered")
+
+
+class ModelConfig(Section):
+    """Sizes of the model; `media` names the latent modalities in their order."""
+
+    atto: AttoConfig
+    text: TextConfig
+    media: dict[str, MediaConfig]
+    router: RouterConfig = RouterConfig()
+    media_context: Literal["clean_copy"] = "clean_copy"
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names in the order of their indices; text is 0."""
+        return ("text", *self.media)
+
+
+class PatcherConfig(Section):
+    """Where text patches begin."""
+
+    kind: Literal["static", "space"] = "static"
+    patch_bytes: Positive = Field(4, description="symbols of a static patch")
+    max_patch_bytes: Positive = Field(16, description="longest patch of any patcher")
+
+
+class SourceConfig(Section):
+    """One corpus of the mixture."""
+
+    path: str = Field(description="data set folder under data.root, holding the splits train/ and heldout/")
+    form: Literal["text", "pairs", "documents"]
+    modality: str | None = Field(None, description="form pairs: the latent modality")
+    weight: float = Field(gt=0.0, description="share of the mixture, in latents")
+    generate_probability: Fraction = Field(
+        0.7, description="form pairs: chance of caption -> media; otherwise media -> caption"
+    )
+    main_language: str = Field("en", description="form pairs: the caption language drawn most")
+    main_language_probability: Fraction = Field(0.5, description="chance of the main language; else any of the others")
+
+
+class DataConfig(Section):
+    """What is read, and how it becomes sequences."""
+
+    root: str = Field(description="folder of prepared data sets")
+    recipe: Literal["demo"] | None = Field(None, description="built-in recipe that prepares data.root when it is missing")
+    lanes: Positive = Field(description="independent streams; a multiple of train.global_batch")
+    sequence_latents: Positive = Field(description="S, latents of a sequence")
+    patcher: PatcherConfig = PatcherConfig()
+    sources: dict[str, SourceConfig]
+    blind_probability: Fraction = Field(0.1, description="share of generated spans without their condition")
+    time_shift: float = Field(1.0, gt=0.0, description="s of t = s u / (1 + (s - 1) u)")
+    max_bad_samples: Natural = Field(16, description="damaged samples that are skipped before the run stops")
+
+
+class ParallelConfig(Section):
+    """Degrees of parallelism; ranks = tp * pp * dp."""
+
+    tp: Positive = 1
+    pp: Positive = 1
+    dp: Positive = 1
+    sequence_parallel: bool = Field(False, description="shard activations of the norms along the sequence (tp > 1)")
+    zero_stage: Literal[1, 2, 3] = 1
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    host: Literal["megatron", "plain"] = Field("megatron", description="plain: one rank, no megatron, no DeepSpeed")
+    threads: Natural = Field(0, description="CPU threads a rank; 0 shares the cores out")
+    timeout_seconds: Positive = Field(600, description="limit of one collective")
+
+    @property
+    def ranks(self) -> int:
+        return self.tp * self.pp * self.dp
+
+
+class LossWeights(Section):
+    """Weight of each part of the loss; a latent modality without an entry of its own has weight `media`."""
+
+    text: Ratio = 1.0
+    router: Ratio = 0.1
+    media: Ratio = 1.0
+    by_modality: dict[str, Ratio] = {}
+
+
+class TrainConfig(Section):
+    """Optimisation."""
+
+    steps: Positive
+    global_batch: Positive = Field(description="sequences a step, over all ranks")
+    micro_batch: Positive = Field(description="sequences of one forward; divides global_batch / dp")
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(gt=0.0, description="peak learning rate")
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    warmup_steps: Natural = 0
+    decay_fraction: Fraction = Field(0.2, description="wsd: share of the steps that decay, at the end")
+    min_lr_ratio: Fraction = Field(0.05, description="last learning rate over the peak")
+    betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: float = Field(1e-8, gt=0.0)
+    weight_decay: Ratio = Field(0.1, description="on matrices; norms, biases and embeddings have none")
+    clip: Ratio = Field(1.0, description="largest global gradient norm; 0 does not clip")
+    ema_decay: Fraction = Field(0.999, description="d of min(d, (1 + n) / (10 + n))")
+    loss_weights: LossWeights = LossWeights()
+
+
+class EvalConfig(Section):
+    """Held-out evaluation during training."""
+
+    every_steps: Natural = Field(200, description="0 evaluates only at the end")
+    text_bytes: Natural = Field(60_000, description="bytes of held-out text, whole documents")
+    media_spans: Natural = Field(64, description="held-out spans of each latent modality")
+
+
+class RunSection(Section):
+    """The run folder and what is written into it."""
+
+    folder: str = Field("runs", description="parent folder; the run lives in folder/name")
+    resume: Literal["auto", "branch"] = Field("auto", description="branch: a changed config may go on in this folder")
+    save_every_steps: Positive = 200
+    keep_checkpoints: Positive = 2
+    log_every_steps: Positive = 1
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    report: bool = Field(True, description="write report.html at the end")
+
+
+class RunConfig(Section):
+    """A whole run: one model, one data mixture, one plan."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: Natural = 0
+    model: ModelConfig
+    data: DataConfig
+    parallel: ParallelConfig = ParallelConfig()
+    train: TrainConfig
+    eval: EvalConfig = EvalConfig()
+    run: RunSection = RunSection()

@@ -1,0 +1,153 @@
+"""Frozen records handed from one part to the next. Shape letters: `shapes.py`; the contract: SEMANTICS."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from enum import IntEnum
+from typing import TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+Record = TypeVar("Record")
+
+
+class Kind(IntEnum):
+    """What stands at a position of the Atto's sequence."""
+
+    PAD = 0
+    START = 1
+    TEXT = 2
+    HEADER = 3
+    NOISED = 4
+    CLEAN = 5
+    CLOSING = 6
+    RECURRENT = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Who stands where in the Atto's sequences: all that mask and positions need.
+
+    modality: index into the config's modalities (text is 0), -1 at start and padding.
+    document: counts documents of the sequence from 0 (a continuation is a document of its own), -1 at padding.
+    span: number of the bidirectional span (noised and clean copies have different ones), unique in its sequence,
+        -1 at causal positions.
+    media: number of the media span that a header, copy or closing belongs to, unique in its sequence, else -1.
+    blind: headers and noised copies of spans that are generated without their condition (guidance).
+    axes: positions on document, t, y, x. Positions of the document axis restart in every sequence at 0.
+    """
+
+    kind_BS: Int[Tensor, "B S"]
+    modality_BS: Int[Tensor, "B S"]
+    document_BS: Int[Tensor, "B S"]
+    span_BS: Int[Tensor, "B S"]
+    media_BS: Int[Tensor, "B S"]
+    blind_BS: Bool[Tensor, "B S"]
+    axes_BSX: Int[Tensor, "B S X"]
+
+
+@dataclass(frozen=True, slots=True)
+class TextUnits:
+    """All text symbols of a microbatch, one after the other, none padded.
+
+    A piece is a text span, or the part of one that fell into this sequence; its symbols are its bytes and, unless
+    the span goes on in a later sequence, `<end>`. Local attention, n-grams and the Coda never leave a piece.
+    symbol: 0..255 bytes, 256 `<end>`: the Preludio's input and the Coda's target alike.
+    coda_input: `<begin>` at the first symbol of a piece, else the symbol before.
+    place: 0, 1, 2, ... inside the piece. piece: ascending from 0. patch: ascending from 0, one number a patch.
+    slot: flat position b * S + s of each patch; the latent that decodes a patch stands at slot - 1.
+    document: number of the document in the microbatch (0 .. num_documents - 1), for held-out sums.
+    """
+
+    symbol_U: Int[Tensor, " U"]
+    coda_input_U: Int[Tensor, " U"]
+    piece_U: Int[Tensor, " U"]
+    place_U: Int[Tensor, " U"]
+    patch_U: Int[Tensor, " U"]
+    document_U: Int[Tensor, " U"]
+    slot_P: Int[Tensor, " P"]
+
+
+@dataclass(frozen=True, slots=True)
+class MediaUnits:
+    """All spans of one latent modality in a microbatch. Rows N run over the patches of every span once.
+
+    value: the clean patches x, normalised; noise: epsilon (zeros where the span is only given).
+    time: t of each span's noised copy (1 is noise), 0 where the span has none.
+    noised_row / noised_slot: row in N and flat position b * S + s of every noised position; clean_*: likewise.
+    header_slot, closing_slot: flat positions of each span's header and closing; bucket: its shape bucket.
+    The velocity target of a noised row is noise - value.
+    """
+
+    value_NF: Float[Tensor, "N F"]
+    noise_NF: Float[Tensor, "N F"]
+    span_N: Int[Tensor, " N"]
+    time_J: Float[Tensor, " J"]
+    bucket_J: Int[Tensor, " J"]
+    header_slot_J: Int[Tensor, " J"]
+    closing_slot_J: Int[Tensor, " J"]
+    document_J: Int[Tensor, " J"]
+    noised_row_Q: Int[Tensor, " Qn"]
+    noised_slot_Q: Int[Tensor, " Qn"]
+    clean_row_Q: Int[Tensor, " Qc"]
+    clean_slot_Q: Int[Tensor, " Qc"]
+
+
+@dataclass(frozen=True, slots=True)
+class RouterUnits:
+    """The questions "what comes next?": at start, text patches and closings, unless the answer lies elsewhere.
+
+    target: 0..M-1 a modality (text 0), M end of document, M + 1 recurrent. legal: what may be answered.
+    span_end: the question stands at the end of a span (its last text patch, or closing).
+    bucket: shape bucket of the next span where the target is media, else -1.
+    """
+
+    slot_R: Int[Tensor, " R"]
+    target_R: Int[Tensor, " R"]
+    legal_RM: Bool[Tensor, "R M2"]
+    span_end_R: Bool[Tensor, " R"]
+    bucket_R: Int[Tensor, " R"]
+    document_R: Int[Tensor, " R"]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One microbatch: what a rank's forward reads.
+
+    num_bytes: raw bytes that the text symbols stand for (`<end>` is none): the divisor of bits per byte.
+    num_documents: E, documents numbered over the microbatch; document_keys names them for reports ("source/key").
+    """
+
+    grid: Grid
+    text: TextUnits
+    media: Mapping[str, MediaUnits]
+    route: RouterUnits
+    num_bytes: int
+    num_documents: int
+    document_keys: tuple[str, ...]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same microbatch with every tensor on `device`."""
+        return replace(
+            self,
+            grid=_moved(self.grid, device),
+            text=_moved(self.text, device),
+            media={name: _moved(units, device) for name, units in self.media.items()},
+            route=_moved(self.route, device),
+        )
+
+    def counts(self) -> dict[str, float]:
+        """How many terms each loss sums here, known before the forward: symbols, scalars of velocity, questions."""
+        counts = {"text": float(self.text.symbol_U.numel()), "router": float(self.route.slot_R.numel())}
+        for name, units in self.media.items():
+            counts[name] = float(units.noised_row_Q.numel() * units.value_NF.shape[1])
+        return counts
+
+
+def _moved(record: Record, device: torch.device) -> Record:
+    values = {field.name: getattr(record, field.name).to(device) for field in fields(record)}  # pyright: ignore
+    return type(record)(**values)

@@ -1,0 +1,18 @@
+"""The letters of tensor shapes, and what each counts. Capitals are logical (global) sizes, whatever is sharded.
+
+B  sequences of a microbatch          S  latents of a sequence (positions of the Atto)
+H  width of the Atto                  D  width of a local model (byte Preludio and Coda)
+A  attention heads                    K  size of a head
+G  key/value heads                    X  rotary axes: document, t, y, x
+U  text symbols of a microbatch       P  text patches of a microbatch
+N  media patches of a microbatch      J  media spans of a microbatch
+F  scalars of a media patch           C  channels of an autoencoder's latent
+Q  rows that enter a media Preludio   R  router questions of a microbatch
+M  modalities (text first)            V  byte vocabulary: 256 bytes, <end>, <mask>, <begin>
+W  window of local attention          E  documents of a microbatch
+"""
+
+NUM_AXES = 4
+END, MASK, BEGIN = 256, 257, 258
+NUM_SYMBOLS = 259
+NUM_TARGETS = 257
