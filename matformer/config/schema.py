@@ -29,7 +29,8 @@ class AttoConfig(Section):
     rotary_pairs: tuple[Natural, Natural, Natural, Natural] = Field(
         description="pairs of a head's K/2 given to document, t, y, x"
     )
-    rotary_base: float = Field(10_000.0, gt=1.0)
+    rotary_base: float = Field(10_000.0, gt=1.0, description="of the document axis")
+    media_rotary_base: float = Field(100.0, gt=1.0, description="of the axes t, y, x")
     norm_epsilon: float = Field(1e-5, gt=0.0)
 
 

@@ -1,0 +1,42 @@
+"""Latents and noised patches -> velocities."""
+
+from __future__ import annotations
+
+from typing import final
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from matformer.coda.base import Coda
+from matformer.layers.feed_forward import SwiGLU
+from matformer.layers.flow import noised_rows
+from matformer.layers.norm import RMSNorm
+from matformer.layers.time_embedding import TimeEmbedding
+from matformer.parcels import MediaUnits
+
+
+@final
+class LatentCoda(Coda[MediaUnits]):
+    """A residual MLP over (latent, noised patch, time); the last layer starts at zero, so does the velocity.
+
+    Source: MAR, section 3.2 (a small MLP a patch); ours predicts the flow's velocity and reads the noised patch again.
+    """
+
+    def __init__(self, patch_scalars: int, *, atto_width: int, width: int, layers: int) -> None:
+        super().__init__()
+        self.latent = nn.Linear(atto_width, width)
+        self.patch = nn.Linear(patch_scalars, width)
+        self.time = TimeEmbedding(width)
+        self.norms = nn.ModuleList(RMSNorm(width) for _ in range(layers))
+        self.blocks = nn.ModuleList(SwiGLU(width, 2 * width) for _ in range(layers))
+        self.output_norm = RMSNorm(width)
+        self.velocity = nn.Linear(width, patch_scalars)
+
+    def forward(self, latent_LH: Float[Tensor, "L H"], units: MediaUnits) -> Float[Tensor, "Qn F"]:
+        noised, _ = noised_rows(units)
+        span = units.span_N[units.noised_row_Q]
+        x = self.latent(latent_LH.index_select(0, units.noised_slot_Q))
+        x = x + self.patch(noised.to(x.dtype)) + self.time(units.time_J).index_select(0, span)
+        for norm, block in zip(self.norms, self.blocks, strict=True):
+            x = x + block(norm(x))
+        return self.velocity(self.output_norm(x))

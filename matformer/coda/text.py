@@ -1,0 +1,64 @@
+"""Latents -> logits of the next patch's symbols."""
+
+from __future__ import annotations
+
+from typing import final
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from matformer.coda.base import Coda
+from matformer.layers.local_attention import LocalBlock, local_view
+from matformer.layers.norm import RMSNorm
+from matformer.parcels import TextUnits
+from matformer.shapes import NUM_SYMBOLS, NUM_TARGETS
+
+
+@final
+class TextCoda(Coda[TextUnits]):
+    """Local causal blocks over the symbols so far, each reading the latent just before the patch it predicts.
+
+    Source: BLT, section 3.3 (local decoder); ours has a byte embedding of its own, so that only latents cross the
+    pipeline, and reads one latent (as its H / D slots).
+    """
+
+    def __init__(self, width: int, *, atto_width: int, heads: int, ffn_width: int, layers: int, window: int) -> None:
+        super().__init__()
+        self.heads, self.window, self.slots = heads, window, atto_width // width
+        self.embedding = nn.Embedding(NUM_SYMBOLS, width)
+        self.latent_norm = RMSNorm(width)
+        self.readers = nn.ModuleList(LatentReader(width, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(LocalBlock(width, heads, inner=ffn_width) for _ in range(layers))
+        self.output_norm = RMSNorm(width)
+        self.head = nn.Linear(width, NUM_TARGETS, bias=False)
+
+    def forward(self, latent_LH: Float[Tensor, "L H"], units: TextUnits) -> Float[Tensor, "U 257"]:
+        before_PH = latent_LH.index_select(0, units.slot_P - 1)
+        slot_PkD = self.latent_norm(before_PH.view(len(units.slot_P), self.slots, -1))
+        x_UD = self.embedding(units.coda_input_U)
+        view = local_view(units.piece_U, units.place_U, window=self.window, head_size=x_UD.shape[1] // self.heads)
+        for reader, block in zip(self.readers, self.blocks, strict=True):
+            x_UD = block(x_UD + reader(x_UD, slot_PkD, units.patch_U), view)
+        return self.head(self.output_norm(x_UD))
+
+
+class LatentReader(nn.Module):
+    """Cross-attention of each symbol to the slots of its one latent."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = RMSNorm(width)
+        self.query = nn.Linear(width, width, bias=False)
+        self.key_value = nn.Linear(width, 2 * width, bias=False)
+        self.output = nn.Linear(width, width, bias=False)
+
+    def forward(
+        self, x_UD: Float[Tensor, "U D"], slot_PkD: Float[Tensor, "P k D"], patch_U: Int[Tensor, " U"]
+    ) -> Float[Tensor, "U D"]:
+        (num_units, width), (num_patches, slots, _) = x_UD.shape, slot_PkD.shape
+        query = self.query(self.norm(x_UD)).view(num_units, 1, self.heads, -1)
+        pairs = self.key_value(slot_PkD).view(num_patches, slots * 2 * width).index_select(0, patch_U)
+        key, value = pairs.view(num_units, slots, 2, self.heads, width // self.heads).unbind(2)
+        weight = ((query * key).sum(-1) * (width // self.heads) ** -0.5).softmax(dim=1)
+        return self.output((weight.unsqueeze(-1) * value).sum(1).view(num_units, width))

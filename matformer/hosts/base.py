@@ -1,0 +1,123 @@
+"""What we ask of a host: build this rank's part of the Atto, run a step over microbatches, show and take weights."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from matformer.config.schema import RunConfig
+from matformer.layers.attention import AttoView
+from matformer.parallel.groups import Groups
+from matformer.parcels import Batch
+
+Sums = dict[str, Tensor]
+Objective = Callable[[Mapping[str, Tensor]], Tensor]
+
+
+class Trunk(nn.Module, ABC):
+    """This rank's layers of the Atto."""
+
+    @abstractmethod
+    def forward(self, hidden: Tensor | None, view: AttoView) -> Tensor:
+        """`[B, S, H]` in on the first stage (None elsewhere), `[B, S, H]` out on the last (else what is sent on)."""
+
+    @abstractmethod
+    def receive(self, tensor: Tensor | None) -> None:
+        """Take what the stage before sent."""
+
+
+class StageModel(Protocol):
+    """What a host runs: one pipeline stage of the model, called with a microbatch."""
+
+    def __call__(self, batch: Batch) -> Tensor | Sums: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One optimizer step. sums: this rank's, over its microbatches, of detached per-part sums ({} off the last stage)."""
+
+    sums: Sums
+    grad_norm: float
+    skipped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingState:
+    """All tensors of a checkpoint by global parameter name, in float32; only what this rank is to write."""
+
+    weights: dict[str, Tensor]
+    moments: dict[str, dict[str, Tensor]]
+    step: int
+
+
+class Host(ABC):
+    """One rank's engine: schedule, gradient reduction, optimizer and sharded state behind one face."""
+
+    groups: Groups
+
+    @abstractmethod
+    def build_trunk(self) -> Trunk:
+        """This rank's layers, weights not yet drawn."""
+
+    @abstractmethod
+    def prepare(self, model: nn.Module) -> None:
+        """Draw the weights by global name, build optimizer and sharded state around this rank's stage."""
+
+    @abstractmethod
+    def train_step(self, batches: Sequence[Batch], *, objective: Objective, lr: float) -> StepResult:
+        """Forward and backward over the microbatches, reduce, clip, one optimizer step. Collective."""
+
+    @abstractmethod
+    def forward_only(self, batches: Sequence[Batch]) -> list[Sums]:
+        """Per-document sums of each microbatch, on the last stage ([] elsewhere). Collective."""
+
+    @abstractmethod
+    def state(self) -> TrainingState:
+        """Global tensors, gathered; each is held by one rank of the world. Collective."""
+
+    @abstractmethod
+    def load(self, read: Callable[[Sequence[str]], Mapping[str, Tensor]], *, step: int) -> None:
+        """Take weights and moments; `read(keys)` gives global float32 tensors (`weights/NAME`, `exp_avg/NAME`...)."""
+
+    @abstractmethod
+    def local_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's stored weights (shards under ZeRO 3), live: writing to them changes the model."""
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """Make the optimizer's master weights follow weights written through `local_weights`."""
+
+
+def build_optimizer(parameters: list[dict[str, object]], config: RunConfig) -> torch.optim.Optimizer:
+    """The optimizer of the config over parameter groups that name their own weight decay."""
+    train = config.train
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=train.lr)
+    return torch.optim.AdamW(parameters, lr=train.lr, betas=train.betas, eps=train.epsilon)
+
+
+def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, object]]:
+    """Two groups: matrices decay; norms, biases and embeddings do not."""
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        (decayed if parameter.dim() >= 2 and "embedding" not in name else plain).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+@contextmanager
+def swapped(host: Host, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, the host's stored weights are `values` (by the names of `local_weights`); after, what they were."""
+    kept = {name: weight.clone() for name, weight in host.local_weights()}
+    try:
+        for name, weight in host.local_weights():
+            weight.copy_(values[name])
+        yield
+    finally:
+        for name, weight in host.local_weights():
+            weight.copy_(kept[name])

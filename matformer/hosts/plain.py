@@ -1,0 +1,163 @@
+"""The same model in plain PyTorch on one rank: the reference in parity tests, the engine of sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from matformer.config.schema import AttoConfig, RunConfig
+from matformer.hosts.base import (
+    Host,
+    Objective,
+    StepResult,
+    Sums,
+    TrainingState,
+    Trunk,
+    build_optimizer,
+    parameter_groups,
+)
+from matformer.layers.attention import AttoView, atto_attention
+from matformer.layers.feed_forward import SwiGLU
+from matformer.layers.initialise import initial_value
+from matformer.layers.norm import RMSNorm
+from matformer.parallel.groups import Groups
+from matformer.parcels import Batch
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normed queries and keys. Sources: GQA (Ainslie 2023); QK-norm (Henry 2020)."""
+
+    def __init__(self, config: AttoConfig) -> None:
+        super().__init__()
+        self.head_size = config.width // config.heads
+        self.query = nn.Linear(config.width, config.heads * self.head_size, bias=False)
+        self.key = nn.Linear(config.width, config.kv_heads * self.head_size, bias=False)
+        self.value = nn.Linear(config.width, config.kv_heads * self.head_size, bias=False)
+        self.query_norm = RMSNorm(self.head_size, config.norm_epsilon)
+        self.key_norm = RMSNorm(self.head_size, config.norm_epsilon)
+        self.output = nn.Linear(config.heads * self.head_size, config.width, bias=False)
+
+    def forward(self, x_BSH: Float[Tensor, "B S H"], view: AttoView) -> Float[Tensor, "B S H"]:
+        heads = (*x_BSH.shape[:2], -1, self.head_size)
+        query, key = self.query_norm(self.query(x_BSH).view(heads)), self.key_norm(self.key(x_BSH).view(heads))
+        return self.output(atto_attention(query, key, self.value(x_BSH).view(heads), view=view).flatten(2))
+
+
+class Layer(nn.Module):
+    """One pre-norm layer of the Atto."""
+
+    def __init__(self, config: AttoConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.width, config.norm_epsilon)
+        self.attention = Attention(config)
+        self.feed_forward_norm = RMSNorm(config.width, config.norm_epsilon)
+        self.feed_forward = SwiGLU(config.width, config.ffn_width)
+
+    def forward(self, x_BSH: Float[Tensor, "B S H"], view: AttoView) -> Float[Tensor, "B S H"]:
+        x_BSH = x_BSH + self.attention(self.attention_norm(x_BSH), view)
+        return x_BSH + self.feed_forward(self.feed_forward_norm(x_BSH))
+
+
+@final
+class PlainTrunk(Trunk):
+    """All layers and the final norm; its parameter names are the global ones."""
+
+    def __init__(self, config: AttoConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.final_norm = RMSNorm(config.width, config.norm_epsilon)
+
+    def forward(self, hidden: Float[Tensor, "B S H"] | None, view: AttoView) -> Float[Tensor, "B S H"]:
+        assert hidden is not None, "one stage: the Preludi are here"
+        for layer in self.layers:
+            hidden = layer(hidden, view)
+        return self.final_norm(hidden)
+
+    def receive(self, tensor: Tensor | None) -> None:
+        assert tensor is None, "one stage receives nothing"
+
+
+@final
+class PlainHost(Host):
+    """One rank, torch's own optimizer."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.groups = Groups()
+        self.steps = 0
+
+    def build_trunk(self) -> Trunk:
+        return PlainTrunk(self.config.model.atto)
+
+    def prepare(self, model: nn.Module) -> None:
+        draw_weights(model, self.config)
+        self.model = model
+        groups = parameter_groups(model, weight_decay=self.config.train.weight_decay)
+        self.optimizer = build_optimizer(groups, self.config)
+
+    def train_step(self, batches: Sequence[Batch], *, objective: Objective, lr: float) -> StepResult:
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = []
+        for batch in batches:
+            sums = self.model(batch)
+            objective(sums).backward()
+            parts.append({name: value.detach().sum() for name, value in sums.items()})
+        limit = self.config.train.clip or float("inf")
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        skipped = norm != norm or norm == float("inf")
+        if not skipped:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            self.steps += 1
+        return StepResult(added(parts), norm, skipped)
+
+    @torch.no_grad()
+    def forward_only(self, batches: Sequence[Batch]) -> list[Sums]:
+        return [self.model(batch) for batch in batches]
+
+    def state(self) -> TrainingState:
+        weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        moments = {
+            key: {name: self.optimizer.state[p][key] for name, p in self.model.named_parameters()}
+            for key in MOMENTS
+            if self.optimizer.state
+        }
+        return TrainingState(weights, moments, self.steps)
+
+    @torch.no_grad()
+    def load(self, read: Callable[[Sequence[str]], Mapping[str, Tensor]], *, step: int) -> None:
+        self.steps = step
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(read([f"weights/{name}"])[f"weights/{name}"])
+            if step and self.config.train.optimizer == "adamw":
+                keys = [f"{moment}/{name}" for moment in MOMENTS]
+                values = read(keys)
+                state = {moment: values[key].clone() for moment, key in zip(MOMENTS, keys, strict=True)}
+                self.optimizer.state[parameter] = {"step": torch.tensor(float(step)), **state}
+
+    def local_weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.model.named_parameters():
+            yield name, parameter.data
+
+    def refresh(self) -> None:
+        """The weights are the masters."""
+
+
+@torch.no_grad()
+def draw_weights(model: nn.Module, config: RunConfig) -> None:
+    """Every parameter from the generator of its own (global) name."""
+    depth = config.model.atto.layers
+    for name, parameter in model.named_parameters():
+        parameter.copy_(initial_value(name, tuple(parameter.shape), seed=config.seed, depth=depth))
+
+
+def added(parts: Sequence[Mapping[str, Tensor]]) -> Sums:
+    """Sum dictionaries of scalars key by key."""
+    return {name: torch.stack([part[name] for part in parts]).sum() for name in (parts[0] if parts else {})}

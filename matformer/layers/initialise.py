@@ -1,0 +1,30 @@
+"""Weights drawn by the name of their parameter, so that every layout and host starts from the same model."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+STD = 0.02
+
+
+def initial_value(name: str, shape: tuple[int, ...], *, seed: int, depth: int) -> Tensor:
+    """The float32 start of the global parameter `name`, drawn from a generator of its own.
+
+    Norm weights are 1; biases and the last layer of a media Coda 0 (its first velocity is then 0); embeddings and
+    output heads normal with std 0.02; other matrices 0.6 / sqrt(fan in), those that write into the residual stream
+    divided by sqrt(2 depth). Source: GPT-2, section 2.3, for the residual scale.
+    """
+    kind = name.rsplit(".", 1)[-1]
+    if "norm" in name and kind == "weight":
+        return torch.ones(shape)
+    if kind == "bias" or ".velocity." in name:
+        return torch.zeros(shape)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    std = STD if "embedding" in name or ".head" in name else 0.6 * shape[-1] ** -0.5
+    if name.endswith((".output.weight", ".down.weight")):
+        std /= (2 * depth) ** 0.5
+    return torch.randn(shape, generator=generator) * std

@@ -1,0 +1,98 @@
+"""Causal attention inside a window over one long row of symbols: memory linear in their number.
+
+The row holds many pieces, one after the other. It is folded into chunks of W symbols; a query sees its own chunk and
+the one before, so no W-window is ever missed and no matrix over all symbols exists:
+
+    chunk c      keys of chunk c-1   keys of chunk c
+    query 0      . x x x             x . . .
+    query 1      . . x x             x x . .
+    query 2      . . . x             x x x .
+    query 3      . . . .             x x x x          (W = 4, one piece)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from matformer.layers.attention import Rotary, rotary_tables, rotate
+from matformer.layers.feed_forward import SwiGLU
+from matformer.layers.norm import RMSNorm
+
+
+@dataclass(frozen=True, slots=True)
+class LocalView:
+    """What all local layers of one forward share: the folded mask and the rotary tables of the symbols."""
+
+    visible_CWT: Bool[Tensor, "C W T"]
+    rotary: Rotary
+
+
+def local_view(
+    piece_U: Int[Tensor, " U"], place_U: Int[Tensor, " U"], *, window: int, head_size: int
+) -> LocalView:
+    """A symbol sees itself and the window - 1 symbols before it, inside its own piece.
+
+    An empty row gives one chunk of padding, so that every layer runs and every weight has a gradient.
+    """
+    num_chunks = max(1, -(-piece_U.numel() // window))
+    missing = num_chunks * window - piece_U.numel()
+    piece = F.pad(piece_U, (0, missing), value=-1).view(num_chunks, window)
+    place = torch.arange(num_chunks * window, device=piece_U.device).view(num_chunks, window)
+    keys_piece, keys_place = (_with_previous(x, fill=-2) for x in (piece, place))
+    distance = place[:, :, None] - keys_place[:, None, :]
+    visible = (piece[:, :, None] == keys_piece[:, None, :]) & (distance >= 0) & (distance < window)
+    rotary = rotary_tables(place_U[:, None], pairs=(head_size // 2,), bases=(10_000.0,))
+    return LocalView(visible, rotary)
+
+
+def _with_previous(x_CW: Tensor, *, fill: float) -> Tensor:
+    """Each chunk behind the chunk before it: `[C, W, ...] -> [C, 2W, ...]`."""
+    before = torch.cat((torch.full_like(x_CW[:1], fill), x_CW[:-1]))
+    return torch.cat((before, x_CW), dim=1)
+
+
+class LocalAttention(nn.Module):
+    """Multi-head attention of symbols over the window before them."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query_key_value = nn.Linear(width, 3 * width, bias=False)
+        self.output = nn.Linear(width, width, bias=False)
+
+    def forward(self, x_UD: Float[Tensor, "U D"], view: LocalView) -> Float[Tensor, "U D"]:
+        num_units, width = x_UD.shape
+        num_chunks, window, _ = view.visible_CWT.shape
+        query, key, value = self.query_key_value(x_UD).view(num_units, 3, self.heads, -1).unbind(1)
+        query, key = rotate(query, view.rotary), rotate(key, view.rotary)
+        missing = num_chunks * window - num_units
+        query, key, value = (
+            F.pad(x, (0, 0, 0, 0, 0, missing)).view(num_chunks, window, self.heads, -1) for x in (query, key, value)
+        )
+        out = F.scaled_dot_product_attention(
+            query.transpose(1, 2),
+            _with_previous(key, fill=0).transpose(1, 2),
+            _with_previous(value, fill=0).transpose(1, 2),
+            attn_mask=view.visible_CWT[:, None],
+        )
+        return self.output(out.transpose(1, 2).reshape(num_chunks * window, width)[:num_units])
+
+
+class LocalBlock(nn.Module):
+    """Pre-norm local attention and feed-forward."""
+
+    def __init__(self, width: int, heads: int, *, inner: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(width)
+        self.attention = LocalAttention(width, heads)
+        self.feed_forward_norm = RMSNorm(width)
+        self.feed_forward = SwiGLU(width, inner)
+
+    def forward(self, x_UD: Float[Tensor, "U D"], view: LocalView) -> Float[Tensor, "U D"]:
+        x_UD = x_UD + self.attention(self.attention_norm(x_UD), view)
+        return x_UD + self.feed_forward(self.feed_forward_norm(x_UD))

@@ -1,0 +1,37 @@
+"""Sums over runs of rows. `index_select` and `index_add` rather than indexing: on CPU their order is fixed, so a
+run repeats bit for bit, while the backward of `x[index]` adds atomically in any order."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def segment_sum(x_U: Float[Tensor, "U ..."], segment_U: Int[Tensor, " U"], *, num_segments: int) -> Tensor:
+    """`[num_segments, ...]`: the sum of each segment's rows; an empty segment gives zeros."""
+    return x_U.new_zeros(num_segments, *x_U.shape[1:]).index_add(0, segment_U, x_U)
+
+
+def segment_mean(x_U: Float[Tensor, "U ..."], segment_U: Int[Tensor, " U"], *, num_segments: int) -> Tensor:
+    """`[num_segments, ...]`: the mean of each segment's rows; an empty segment gives zeros."""
+    length = torch.bincount(segment_U, minlength=num_segments).clamp(min=1).to(x_U.dtype)
+    return segment_sum(x_U, segment_U, num_segments=num_segments) / length.view(-1, *[1] * (x_U.dim() - 1))
+
+
+def segment_softmax_sum(
+    score_U: Float[Tensor, "U ..."],
+    value_U: Float[Tensor, "U ... K"],
+    segment_U: Int[Tensor, " U"],
+    *,
+    num_segments: int,
+) -> Float[Tensor, "segments ... K"]:
+    """Softmax of the scores inside each segment, then the weighted sum of the values: attention without padding."""
+    score = score_U.float()
+    top = score.detach().new_full((num_segments, *score.shape[1:]), -torch.inf)
+    index = segment_U.view(-1, *[1] * (score.dim() - 1)).expand_as(score)
+    top = top.scatter_reduce(0, index, score.detach(), "amax")
+    weight = (score - top.index_select(0, segment_U)).exp()
+    total = segment_sum(weight, segment_U, num_segments=num_segments)
+    summed = segment_sum((weight.unsqueeze(-1) * value_U.float()), segment_U, num_segments=num_segments)
+    return (summed / total.clamp(min=1e-30).unsqueeze(-1)).to(value_U.dtype)

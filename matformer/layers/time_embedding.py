@@ -1,0 +1,26 @@
+"""The noise level as a vector."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+NUM_FREQUENCIES = 128
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids of 1000 t, then a two-layer MLP. Source: DiT, `models.py` TimestepEmbedder; ours takes t in [0, 1]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(2 * NUM_FREQUENCIES, width)
+        self.second = nn.Linear(width, width)
+
+    def forward(self, time_J: Float[Tensor, " J"]) -> Float[Tensor, "J H"]:
+        exponent = torch.arange(NUM_FREQUENCIES, device=time_J.device, dtype=torch.float32) / NUM_FREQUENCIES
+        angle = 1000.0 * time_J.float()[:, None] * torch.exp(-math.log(10_000.0) * exponent)
+        waves = torch.cat((angle.cos(), angle.sin()), dim=-1).to(self.first.weight.dtype)
+        return self.second(nn.functional.silu(self.first(waves)))

@@ -1,0 +1,64 @@
+"""The table of modalities: a name -> its Preludio, its Coda and its loss. Adding a modality is a row of a config."""
+
+from __future__ import annotations
+
+import math
+
+from matformer.coda.latent import LatentCoda
+from matformer.coda.text import TextCoda
+from matformer.config.schema import MediaConfig, ModelConfig
+from matformer.preludio.latent import LatentPreludio
+from matformer.preludio.text import TextPreludio
+
+MAX_PATCH = 256  # rows of the place-in-patch table; data.patcher.max_patch_bytes may not exceed it
+
+
+def patch_scalars(media: MediaConfig) -> int:
+    """F: scalars of one patch."""
+    return media.channels * media.patch**media.rank
+
+
+def patches_of_bucket(media: MediaConfig, bucket: int) -> int:
+    """N of one span in this shape bucket."""
+    return math.prod(cells // media.patch for cells in media.buckets[bucket])
+
+
+def build_preludi(model: ModelConfig) -> dict[str, TextPreludio | LatentPreludio]:
+    """One Preludio a modality, text first."""
+    text = model.text
+    preludi: dict[str, TextPreludio | LatentPreludio] = {
+        "text": TextPreludio(
+            text.width,
+            atto_width=model.atto.width,
+            heads=text.heads,
+            ffn_width=text.ffn_width,
+            layers=text.preludio_layers,
+            window=text.window,
+            max_patch=MAX_PATCH,
+        )
+    }
+    for name, media in model.media.items():
+        preludi[name] = LatentPreludio(
+            patch_scalars(media), atto_width=model.atto.width, num_buckets=len(media.buckets)
+        )
+    return preludi
+
+
+def build_code(model: ModelConfig) -> dict[str, TextCoda | LatentCoda]:
+    """One Coda a modality, text first."""
+    text = model.text
+    code: dict[str, TextCoda | LatentCoda] = {
+        "text": TextCoda(
+            text.width,
+            atto_width=model.atto.width,
+            heads=text.heads,
+            ffn_width=text.ffn_width,
+            layers=text.coda_layers,
+            window=text.window,
+        )
+    }
+    for name, media in model.media.items():
+        code[name] = LatentCoda(
+            patch_scalars(media), atto_width=model.atto.width, width=media.coda_width, layers=media.coda_layers
+        )
+    return code

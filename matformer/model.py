@@ -1,0 +1,107 @@
+"""Matformer: the acts in order. Preludi -> Atto -> router and Code -> sums of losses."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from matformer.atto.trunk import atto_view
+from matformer.config.schema import ModelConfig
+from matformer.hosts.base import Sums, Trunk
+from matformer.layers.segments import segment_sum
+from matformer.losses.flow import squared_error
+from matformer.losses.route import bucket_nats, kind_nats
+from matformer.losses.text import symbol_nats
+from matformer.modalities import build_code, build_preludi
+from matformer.parcels import Batch, Grid, Kind
+from matformer.router.probe import Router, chosen_bucket
+
+
+class Start(nn.Module):
+    """The embedding of `start`, laid on a sequence of zeros."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(1, width)
+
+    def forward(self, grid: Grid) -> Float[Tensor, "L H"]:
+        start_L1 = (grid.kind_BS == Kind.START).flatten()[:, None]
+        row_1H = self.embedding(torch.zeros(1, dtype=torch.long, device=start_L1.device))
+        return start_L1.to(row_1H.dtype) * row_1H
+
+
+class Matformer(nn.Module):
+    """One pipeline stage of the model: Preludi on the first, router and Code on the last, layers on all."""
+
+    def __init__(self, config: ModelConfig, *, trunk: Trunk, is_first: bool = True, is_last: bool = True) -> None:
+        super().__init__()
+        self.config, self.is_first, self.is_last = config, is_first, is_last
+        if is_first:
+            self.start = Start(config.atto.width)
+            self.preludi = nn.ModuleDict(build_preludi(config))
+        self.atto = trunk
+        if is_last:
+            buckets = {name: len(media.buckets) for name, media in config.media.items()}
+            self.router = Router(config.atto.width, num_buckets=buckets)
+            self.code = nn.ModuleDict(build_code(config))
+
+    def set_input_tensor(self, tensor: Tensor | list[Tensor] | None) -> None:
+        """What megatron's schedules call with the output of the stage before."""
+        self.atto.receive(tensor[0] if isinstance(tensor, list) else tensor)
+
+    def forward(self, batch: Batch) -> Tensor | Sums:
+        """Sums of losses, one number a document and part `[E]`; off the last stage, what is sent on."""
+        latents = self.latents(batch)
+        return self.sums(latents, batch) if self.is_last else latents
+
+    def latents(self, batch: Batch) -> Tensor:
+        """The Atto's output `[B, S, H]` on the last stage, else what this stage sends."""
+        hidden = self.embed(batch) if self.is_first else None
+        return self.atto(hidden, atto_view(batch.grid, self.config.atto))
+
+    def embed(self, batch: Batch) -> Float[Tensor, "B S H"]:
+        """Every Preludio's rows at their positions; padding is zero."""
+        hidden_LH = self.start(batch.grid)
+        for name, units in self._units(batch):
+            rows, slots = self.preludi[name](units)
+            hidden_LH = hidden_LH.index_add(0, slots, rows)
+        return hidden_LH.view(*batch.grid.kind_BS.shape, -1)
+
+    def sums(self, latents_BSH: Float[Tensor, "B S H"], batch: Batch) -> Sums:
+        """Losses (keys: modalities and "router") and what metrics need, each summed by document."""
+        latent_LH = latents_BSH.flatten(0, 1)
+        sums: Sums = {}
+        for name, units in self._units(batch):
+            predicted = self.code[name](latent_LH, units)
+            if name == "text":
+                terms, document = symbol_nats(predicted, units.symbol_U), units.document_U
+            else:
+                span = units.span_N[units.noised_row_Q]
+                terms, document = squared_error(predicted, units), units.document_J[span]
+            sums[name] = segment_sum(terms, document, num_segments=batch.num_documents)
+        return sums | self._routed(latent_LH, batch)
+
+    def _routed(self, latent_LH: Float[Tensor, "L H"], batch: Batch) -> Sums:
+        asked = batch.route
+        kind_RM, buckets = self.router(latent_LH, asked)
+        nats = kind_nats(kind_RM, asked.target_R)
+        for index, logits in enumerate(buckets.values(), start=1):
+            here, bucket = chosen_bucket(asked, index)
+            nats = nats + bucket_nats(logits, bucket, here)
+        right = (kind_RM.detach().argmax(-1) == asked.target_R).float()
+        ends = asked.span_end_R.float()
+        by_document = {
+            "router": nats,
+            "router_right": right,
+            "span_ends": ends,
+            "span_ends_right": right * ends,
+        }
+        return {
+            name: segment_sum(terms, asked.document_R, num_segments=batch.num_documents)
+            for name, terms in by_document.items()
+        }
+
+    def _units(self, batch: Batch):  # noqa: ANN202
+        yield "text", batch.text
+        yield from ((name, batch.media[name]) for name in self.config.media)

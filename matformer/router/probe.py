@@ -1,0 +1,34 @@
+"""The router: a linear probe on the Atto's output that says which Coda speaks next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from matformer.parcels import RouterUnits
+
+
+class Router(nn.Module):
+    """Logits of the next position's kind (modalities, end, recurrent), and of the shape bucket of each modality."""
+
+    def __init__(self, atto_width: int, *, num_buckets: Mapping[str, int]) -> None:
+        super().__init__()
+        self.head = nn.Linear(atto_width, 1 + len(num_buckets) + 2)
+        self.bucket_head = nn.ModuleDict({name: nn.Linear(atto_width, n) for name, n in num_buckets.items()})
+
+    def forward(
+        self, latent_LH: Float[Tensor, "L H"], units: RouterUnits
+    ) -> tuple[Float[Tensor, "R M2"], dict[str, Float[Tensor, "R buckets"]]]:
+        """Kind logits with illegal answers at -inf, and bucket logits by modality (in the config's order)."""
+        asked_RH = latent_LH.index_select(0, units.slot_R)
+        kind = self.head(asked_RH).float().masked_fill(~units.legal_RM, -torch.inf)
+        return kind, {name: head(asked_RH).float() for name, head in self.bucket_head.items()}
+
+
+def chosen_bucket(units: RouterUnits, modality: int) -> tuple[Bool[Tensor, " R"], Int[Tensor, " R"]]:
+    """Where the next span is of `modality`, and its bucket there (0 elsewhere, to be masked)."""
+    here = (units.target_R == modality) & (units.bucket_R >= 0)
+    return here, units.bucket_R.clamp(min=0) * here
