@@ -1,0 +1,90 @@
+"""What every autoencoder promises. Shape letters: B samples, C latent channels; `*grid` are latent cells."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import safetensors.torch
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+SETTINGS_FILE = "autoencoder.json"
+WEIGHTS_FILE = "autoencoder.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Mean and log-variance of the latent; `logvar` is None where encoding is deterministic."""
+
+    mean: Float[Tensor, "B C *grid"]
+    logvar: Float[Tensor, "B C *grid"] | None = None
+
+
+class Autoencoder(nn.Module, ABC):
+    """Media [B, channels_in, *axes] <-> latents [B, C, *grid].
+
+    Pixels run from -1 to 1, sound is the waveform in full-scale units.
+    kind: its name in the saved file. channels: C. downsampling: media samples of a latent cell along each axis.
+    sample_rate: Hz where the medium is sound, else None.
+    """
+
+    kind: ClassVar[str]
+    channels: int
+    downsampling: tuple[int, ...]
+    sample_rate: int | None = None
+
+    @abstractmethod
+    def encode(self, media: Float[Tensor, "B c *axes"]) -> Moments:
+        """Latents before normalisation; the manifest of a data set carries shift and scale."""
+
+    @abstractmethod
+    def decode(self, latent: Float[Tensor, "B C *grid"]) -> Float[Tensor, "B c *axes"]:
+        """Media of un-normalised latents."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments, as JSON can hold them."""
+
+    def forward(self, media: Float[Tensor, "B c *axes"]) -> Float[Tensor, "B c *axes"]:
+        """Media through the latent's mean and back."""
+        return self.decode(self.encode(media).mean)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what `save` writes: of the settings, then of the weights."""
+        return _digest(self._settings_bytes(), weights=self._weights_bytes())
+
+    def save(self, folder: Path) -> None:
+        """Write settings (JSON) and weights (safetensors) into `folder`, which is made when missing."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / WEIGHTS_FILE).write_bytes(self._weights_bytes())
+        (folder / SETTINGS_FILE).write_bytes(self._settings_bytes())
+
+    def _weights_bytes(self) -> bytes:
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        return safetensors.torch.save(state)
+
+    def _settings_bytes(self) -> bytes:
+        record = {"kind": self.kind, "settings": self.settings()}
+        return (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()
+
+
+def principal_axes(second_moment: Float[Tensor, "n n"], *, num_axes: int) -> Float[Tensor, "C n"]:
+    """Unit eigenvectors of the largest eigenvalues, largest first, each with its largest entry positive.
+
+    The sign rule makes the axes a function of the data alone. Where eigenvalues coincide they are not unique.
+    """
+    _, vectors = torch.linalg.eigh(second_moment.double())
+    axes = vectors.flip(1).T[:num_axes]
+    largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
+    return (axes * largest.sign()).float().contiguous()
+
+
+def _digest(settings: bytes, *, weights: bytes) -> str:
+    return hashlib.sha256(settings + weights).hexdigest()

@@ -1,0 +1,47 @@
+"""A saved autoencoder's folder -> the autoencoder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+
+from matformer.autoencoders.base import SETTINGS_FILE, WEIGHTS_FILE, Autoencoder
+from matformer.autoencoders.mdct_pca import MDCTPCA
+from matformer.autoencoders.patch_pca import PatchPCA
+from matformer.errors import DataError
+
+KINDS: dict[str, type[PatchPCA | MDCTPCA]] = {PatchPCA.kind: PatchPCA, MDCTPCA.kind: MDCTPCA}
+
+
+def load_autoencoder(folder: Path, *, fingerprint: str | None = None) -> Autoencoder:
+    """Read what `Autoencoder.save` wrote; with `fingerprint`, insist that it is that very one.
+
+    Raises DataError if a file is missing or damaged, the kind is unknown, or the fingerprint differs.
+    """
+    try:
+        record = json.loads((folder / SETTINGS_FILE).read_bytes())
+        state = safetensors.torch.load((folder / WEIGHTS_FILE).read_bytes())
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise DataError(
+            f"{folder} must hold a readable {SETTINGS_FILE} and {WEIGHTS_FILE}, got {error}; prepare data.root again"
+        ) from error
+    if record.get("kind") not in KINDS:
+        raise DataError(
+            f"an autoencoder must be one of {sorted(KINDS)}, got {record.get('kind')!r} in {folder}; check data.root"
+        )
+    autoencoder = KINDS[record["kind"]](**record["settings"])
+    try:
+        autoencoder.load_state_dict(state)
+    except RuntimeError as error:
+        raise DataError(
+            f"the weights in {folder} must fit their settings, got {error}; prepare data.root again"
+        ) from error
+    if fingerprint is not None and autoencoder.fingerprint != fingerprint:
+        raise DataError(
+            f"the autoencoder in {folder} must have fingerprint {fingerprint}, got {autoencoder.fingerprint}; "
+            "use the one that encoded the data set, or prepare data.root again"
+        )
+    return autoencoder.eval()
