@@ -36,7 +36,7 @@ class Matformer(nn.Module):
 
     def __init__(self, config: ModelConfig, *, trunk: Trunk, is_first: bool = True, is_last: bool = True) -> None:
         super().__init__()
-        self.config, self.is_first, self.is_last = config, is_first, is_last
+        self.model_config, self.is_first, self.is_last = config, is_first, is_last
         if is_first:
             self.start = Start(config.atto.width)
             self.preludi = nn.ModuleDict(build_preludi(config))
@@ -58,7 +58,7 @@ class Matformer(nn.Module):
     def latents(self, batch: Batch) -> Tensor:
         """The Atto's output `[B, S, H]` on the last stage, else what this stage sends."""
         hidden = self.embed(batch) if self.is_first else None
-        return self.atto(hidden, atto_view(batch.grid, self.config.atto))
+        return self.atto(hidden, atto_view(batch.grid, self.model_config.atto))
 
     def embed(self, batch: Batch) -> Float[Tensor, "B S H"]:
         """Every Preludio's rows at their positions; padding is zero."""
@@ -104,4 +104,4 @@ class Matformer(nn.Module):
 
     def _units(self, batch: Batch):  # noqa: ANN202
         yield "text", batch.text
-        yield from ((name, batch.media[name]) for name in self.config.media)
+        yield from ((name, batch.media[name]) for name in self.model_config.media)

@@ -18,6 +18,7 @@ from matformer.parcels import Batch
 
 Sums = dict[str, Tensor]
 Objective = Callable[[Mapping[str, Tensor]], Tensor]
+Reader = Callable[[Sequence[str]], Mapping[str, Tensor]]
 
 
 class Trunk(nn.Module, ABC):
@@ -82,7 +83,7 @@ class Host(ABC):
         """Global tensors, gathered; each is held by one rank of the world. Collective."""
 
     @abstractmethod
-    def load(self, read: Callable[[Sequence[str]], Mapping[str, Tensor]], *, step: int) -> None:
+    def load(self, read: Reader, *, step: int) -> None:
         """Take weights and moments; `read(keys)` gives global float32 tensors (`weights/NAME`, `exp_avg/NAME`...)."""
 
     @abstractmethod
@@ -90,8 +91,12 @@ class Host(ABC):
         """This rank's stored weights (shards under ZeRO 3), live: writing to them changes the model."""
 
     @abstractmethod
-    def refresh(self) -> None:
-        """Make the optimizer's master weights follow weights written through `local_weights`."""
+    def gather_stored(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Global tensors from ones stored like the weights (an average of them). Collective; held as in `state`."""
+
+    @abstractmethod
+    def scatter_stored(self, read: Reader, key: str) -> dict[str, Tensor]:
+        """The inverse: what this rank stores of the global tensors `key/NAME`, by the names of `local_weights`."""
 
 
 def build_optimizer(parameters: list[dict[str, object]], config: RunConfig) -> torch.optim.Optimizer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import final
 
 import torch
@@ -13,6 +13,7 @@ from matformer.config.schema import AttoConfig, RunConfig
 from matformer.hosts.base import (
     Host,
     Objective,
+    Reader,
     StepResult,
     Sums,
     TrainingState,
@@ -132,7 +133,7 @@ class PlainHost(Host):
         return TrainingState(weights, moments, self.steps)
 
     @torch.no_grad()
-    def load(self, read: Callable[[Sequence[str]], Mapping[str, Tensor]], *, step: int) -> None:
+    def load(self, read: Reader, *, step: int) -> None:
         self.steps = step
         for name, parameter in self.model.named_parameters():
             parameter.copy_(read([f"weights/{name}"])[f"weights/{name}"])
@@ -146,8 +147,11 @@ class PlainHost(Host):
         for name, parameter in self.model.named_parameters():
             yield name, parameter.data
 
-    def refresh(self) -> None:
-        """The weights are the masters."""
+    def gather_stored(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(stored)
+
+    def scatter_stored(self, read: Reader, key: str) -> dict[str, Tensor]:
+        return {name: read([f"{key}/{name}"])[f"{key}/{name}"].clone() for name, _ in self.local_weights()}
 
 
 @torch.no_grad()

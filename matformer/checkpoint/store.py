@@ -1,0 +1,139 @@
+"""Checkpoints without a layout: global tensors by name, saved by their owners, read by whoever needs them.
+
+`step-000200/` holds safetensors files (torch.distributed.checkpoint), `state.json` and `manifest.json`. It is written
+under another name and renamed when complete, so a folder that has its name can be trusted to have been finished.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch import Tensor
+
+from matformer.checkpoint.manifest import STATE, verify, write_manifest
+from matformer.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+
+def save(folder: Path, step: int, *, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int) -> Path:
+    """Write checkpoint `step` under `folder`; keep the newest `keep`. Collective: each rank brings what it owns.
+
+    Raises CheckpointError (on all ranks) when the disk is full; older checkpoints are untouched then.
+    """
+    final, writing = folder / f"step-{step:06d}", folder / f".writing-step-{step:06d}"
+    lead = _rank() == 0
+    try:
+        _check_room(folder, sum(t.numel() * t.element_size() for t in tensors.values()))
+        if lead:
+            shutil.rmtree(writing, ignore_errors=True)
+            writing.mkdir(parents=True)
+        _barrier()
+        _write_tensors(writing, tensors)
+        if lead:
+            (writing / STATE).write_text(json.dumps(state))
+            write_manifest(writing)
+            shutil.rmtree(final, ignore_errors=True)
+            writing.rename(final)
+    except (OSError, CheckpointException) as error:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise CheckpointError(f"checkpoint {final} could not be written ({_reason(error)}); free space or change run.folder") from error
+    _barrier()
+    if lead:
+        for old in complete(folder)[:-keep]:
+            shutil.rmtree(old)
+    return final
+
+
+def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    owned = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a single process is a single process
+        writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        dcp.save(owned, storage_writer=writer, no_dist=not dist.is_initialized())
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    """Every rank says what it will write; nobody begins unless it fits."""
+    total = torch.tensor(float(needed), dtype=torch.float64)
+    if dist.is_initialized():
+        total = total.cuda() if dist.get_backend() == "nccl" else total
+        dist.all_reduce(total)
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < float(total) * 1.02:
+        raise OSError(errno.ENOSPC, f"{float(total) / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free")
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"disk full: {error.strerror}"
+    text = " ".join(str(error).split())
+    return "disk full" if "No space left" in text or "code: 28" in text else text[:300]
+
+
+def complete(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    return sorted(folder.glob("step-[0-9]*")) if folder.is_dir() else []
+
+
+def newest_good(folder: Path) -> Path | None:
+    """The newest checkpoint whose digests hold; damaged ones are named and passed over. None if there is none at all.
+
+    Raises CheckpointError if there are checkpoints but none is good: a run must not silently begin anew.
+    """
+    candidates = complete(folder)
+    for path in reversed(candidates):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            log.warning("%s", error)
+            continue
+        return path
+    if candidates:
+        raise CheckpointError(f"none of the {len(candidates)} checkpoints in {folder} is whole; delete the folder to begin anew")
+    return None
+
+
+class Checkpoint:
+    """A finished checkpoint, read in pieces by global name."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.state: dict[str, Any] = json.loads((path / STATE).read_text())
+        metadata = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+        self.shapes = {name: tuple(entry.size) for name, entry in metadata.items()}  # pyright: ignore
+
+    def read(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        """Global float32 tensors. Local to the rank. Raises CheckpointError naming what the checkpoint lacks."""
+        missing = [key for key in keys if key not in self.shapes]
+        if missing:
+            raise CheckpointError(
+                f"checkpoint {self.path} holds no {missing[0]}: it belongs to another model; "
+                "change model.* back or choose another run name"
+            )
+        tensors = {key: torch.empty(self.shapes[key]) for key in keys}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(self.path)), no_dist=True)
+        return tensors
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

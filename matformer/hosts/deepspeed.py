@@ -1,0 +1,126 @@
+"""Our plan and config -> DeepSpeed: the engine, and the way to its partitions under ZeRO 1, 2 and 3."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from matformer.config.schema import RunConfig
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import deepspeed
+    from deepspeed.utils import (
+        safe_get_full_fp32_param,
+        safe_get_full_optimizer_state,
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
+    from deepspeed.utils import logger as deepspeed_logger
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def build_engine(model: nn.Module, optimizer: torch.optim.Optimizer, *, config: RunConfig, mpu: object) -> Any:  # noqa: ANN401
+    """DeepSpeed around one pipeline stage. `engine.step()` is the only place where gradients are reduced."""
+    deepspeed_logger.setLevel(logging.WARNING)
+    if not torch.cuda.is_available():  # else the first init compiles a C++ op: 50 s, a compiler and ninja
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False, dist_init_required=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, mpu=mpu, config=engine_config(config), dist_init_required=False
+        )
+    return engine
+
+
+def engine_config(config: RunConfig) -> dict[str, Any]:
+    """Every DeepSpeed key that this project sets, in one place."""
+    train, plan = config.train, config.parallel
+    keys: dict[str, Any] = {
+        "managed_gradient_accumulation": False,  # the caller owns the boundary, as a pipeline schedule needs
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": train.global_batch // (plan.dp * train.micro_batch),
+        "gradient_clipping": train.clip,
+        "zero_optimization": {
+            "stage": plan.zero_stage,
+            "stage3_param_persistence_threshold": 0,  # every stored weight is a shard: averages can be swapped in
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    if plan.dtype == "bfloat16":
+        keys["bf16"] = {"enabled": True, "immediate_grad_update": True}
+        keys["data_types"] = {"grad_accum_dtype": "fp32"}
+    return keys
+
+
+def full_value(parameter: nn.Parameter, key: str) -> Tensor:
+    """The float32 master (key "weights") or moment of a local parameter, whole over DP. Collective."""
+    value = safe_get_full_fp32_param(parameter) if key == "weights" else safe_get_full_optimizer_state(parameter, key)
+    assert value is not None, "every parameter is trained"
+    return value
+
+
+def stored_weight(parameter: nn.Parameter) -> Tensor:
+    """The weight as this rank stores it: whole, or its shard under ZeRO 3."""
+    return parameter.ds_tensor.data if hasattr(parameter, "ds_tensor") else parameter.data  # pyright: ignore
+
+
+def stored_to_full(parameter: nn.Parameter, stored: Tensor, *, dp_group: Any) -> Tensor:  # noqa: ANN401
+    """A tensor stored like the parameter, whole. Collective under ZeRO 3."""
+    if not hasattr(parameter, "ds_tensor"):
+        return stored
+    shards = [torch.empty_like(stored) for _ in range(torch.distributed.get_world_size(dp_group))]
+    torch.distributed.all_gather(shards, stored.contiguous(), group=dp_group)
+    return torch.cat(shards)[: parameter.ds_numel].view(parameter.ds_shape)  # pyright: ignore
+
+
+def full_to_stored(parameter: nn.Parameter, full: Tensor, *, dp_rank: int) -> Tensor:
+    """What this rank stores of a whole tensor; the last shard of ZeRO 3 is padded with zeros."""
+    if not hasattr(parameter, "ds_tensor"):
+        return full
+    size = parameter.ds_tensor.numel()  # pyright: ignore
+    flat = full.flatten()[dp_rank * size : (dp_rank + 1) * size]
+    return torch.nn.functional.pad(flat, (0, size - flat.numel()))
+
+
+@torch.no_grad()
+def make_room_for_moments(engine: Any, step: int) -> None:  # noqa: ANN401
+    """Give a fresh engine's flat partitions AdamW state, so that moments can be written into it."""
+    zero = engine.optimizer
+    stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
+    for flat in zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups:
+        state = {key: torch.zeros_like(flat) for key in MOMENTS}
+        zero.optimizer.state[flat] = {"step": torch.tensor(float(step)), **state}
+    if not stage3:
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+@torch.no_grad()
+def write_values(parameter: nn.Parameter, values: Mapping[str, Tensor], *, dp_rank: int) -> None:
+    """Set the stored weight, its master and its moments from whole float32 tensors."""
+    weight = values["weights"]
+    stored_weight(parameter).copy_(full_to_stored(parameter, weight, dp_rank=dp_rank))
+    stage3 = hasattr(parameter, "ds_tensor")
+    for key, value in values.items():
+        local = full_to_stored(parameter, value.float(), dp_rank=dp_rank)
+        if key == "weights":
+            (safe_set_local_fp32_param if stage3 else safe_set_full_fp32_param)(parameter, local)
+        elif stage3:
+            safe_set_local_optimizer_state(parameter, local, key)
+        else:
+            safe_set_full_optimizer_state(parameter, local, key)
+
+
+def inner_groups(engine: Any) -> Iterator[dict[str, Any]]:  # noqa: ANN401
+    """The optimizer's parameter groups, to set the learning rate."""
+    yield from engine.optimizer.optimizer.param_groups

@@ -1,0 +1,139 @@
+"""The real host: megatron-core's schedules around DeepSpeed's optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from matformer.config.schema import RunConfig
+from matformer.hosts import deepspeed as zero
+from matformer.hosts.base import (
+    Host,
+    Objective,
+    Reader,
+    StepResult,
+    Sums,
+    TrainingState,
+    Trunk,
+    build_optimizer,
+    parameter_groups,
+)
+from matformer.hosts.layout import Layout, layouts, shape_of, to_global, to_local
+from matformer.hosts.megatron import MegatronTrunk, ModelParallelUnit, build_groups, run_schedule
+from matformer.hosts.plain import added
+from matformer.layers.initialise import initial_value
+from matformer.parcels import Batch
+
+
+@final
+class MegatronHost(Host):
+    """tp x pp x dp ranks. ZeRO 1 runs under megatron's schedule; ZeRO 2 and 3 (pp 1) through the engine's own calls."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.groups = build_groups(config.parallel)
+        self.steps = 0
+        self.layouts: dict[str, Layout] = {}
+
+    def build_trunk(self) -> Trunk:
+        self.trunk = MegatronTrunk(self.config.model.atto, plan=self.config.parallel, groups=self.groups)
+        return self.trunk
+
+    def prepare(self, model: nn.Module) -> None:
+        atto = self.config.model.atto
+        self.layouts = layouts(model, atto=atto, first_layer=self.trunk.first_layer)
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(to_local(self._drawn(name), self.layouts[name], groups=self.groups))
+        groups = parameter_groups(model, weight_decay=self.config.train.weight_decay)
+        optimizer = build_optimizer(groups, self.config)
+        self.engine = zero.build_engine(model, optimizer, config=self.config, mpu=ModelParallelUnit())
+        self.model = self.engine.module
+
+    def _drawn(self, name: str) -> dict[str, Tensor]:
+        depth, seed, tp_size = self.config.model.atto.layers, self.config.seed, self.groups.tp_size
+        return {
+            piece.name: initial_value(piece.name, piece.global_shape(tp_size), seed=seed, depth=depth)
+            for piece in self.layouts[name].pieces
+        }
+
+    def train_step(self, batches: Sequence[Batch], *, objective: Objective, lr: float) -> StepResult:
+        for group in zero.inner_groups(self.engine):
+            group["lr"] = lr
+        dp_size = self.groups.dp_size  # DeepSpeed averages over DP; our losses are divided by global counts already
+
+        def scaled(sums: Mapping[str, Tensor]) -> Tensor:
+            return objective(sums) * dp_size
+
+        if self.config.parallel.zero_stage == 1:
+            parts = run_schedule(self.model, batches, trunk=self.trunk, objective=scaled)
+        else:
+            parts = [self._through_engine(batch, scaled) for batch in batches]
+        skipped_before = self.engine.skipped_steps
+        self.engine.step()
+        skipped = self.engine.skipped_steps > skipped_before
+        self.steps += not skipped
+        totals = [{name: value.sum() for name, value in part.items()} for part in parts]
+        return StepResult(added(totals), float(self.engine.get_global_grad_norm() or 0.0), skipped)
+
+    def _through_engine(self, batch: Batch, objective: Objective) -> Sums:
+        sums = self.engine(batch)
+        self.engine.backward(objective(sums), scale_wrt_gas=False)
+        return {name: value.detach() for name, value in sums.items()}
+
+    @torch.no_grad()
+    def forward_only(self, batches: Sequence[Batch]) -> list[Sums]:
+        if self.config.parallel.zero_stage == 1:
+            return run_schedule(self.model, batches, trunk=self.trunk, objective=None)
+        return [self.engine(batch) for batch in batches]
+
+    @torch.no_grad()
+    def state(self) -> TrainingState:
+        keys = ("weights", *zero.MOMENTS) if self._has_moments() else ("weights",)
+        found = {key: self._gathered(lambda p, key=key: zero.full_value(p, key)) for key in keys}
+        return TrainingState(found.pop("weights"), found, self.steps)
+
+    def _has_moments(self) -> bool:
+        return self.steps > 0 and self.config.train.optimizer == "adamw"
+
+    def gather_stored(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        values = {id(p): stored[name] for name, p in self.model.named_parameters()}
+        return self._gathered(lambda p: zero.stored_to_full(p, values[id(p)], dp_group=self.groups.dp))
+
+    def _gathered(self, value_of: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
+        owner = self.groups.dp_rank == 0 and self.groups.tp_rank == 0
+        tensors = {}
+        for name, parameter in self.model.named_parameters():
+            full = value_of(parameter).view(shape_of(parameter)).float()
+            for piece, tensor in to_global(full, self.layouts[name], groups=self.groups):
+                if owner:
+                    tensors[piece] = tensor.detach().clone().contiguous()
+        return tensors
+
+    @torch.no_grad()
+    def load(self, read: Reader, *, step: int) -> None:
+        self.steps = step
+        keys = ("weights", *zero.MOMENTS) if self._has_moments() else ("weights",)
+        if len(keys) > 1:
+            zero.make_room_for_moments(self.engine, step)
+        for name, parameter in self.model.named_parameters():
+            values = {key: self._read_local(read, key, name) for key in keys}
+            zero.write_values(parameter, values, dp_rank=self.groups.dp_rank)
+
+    def _read_local(self, read: Reader, key: str, name: str) -> Tensor:
+        layout = self.layouts[name]
+        found = read([f"{key}/{piece.name}" for piece in layout.pieces])
+        return to_local({piece.name: found[f"{key}/{piece.name}"] for piece in layout.pieces}, layout, groups=self.groups)
+
+    @torch.no_grad()
+    def scatter_stored(self, read: Reader, key: str) -> dict[str, Tensor]:
+        return {
+            name: zero.full_to_stored(p, self._read_local(read, key, name), dp_rank=self.groups.dp_rank).clone()
+            for name, p in self.model.named_parameters()
+        }
+
+    def local_weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.model.named_parameters():
+            yield name, zero.stored_weight(parameter)

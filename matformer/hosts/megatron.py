@@ -1,0 +1,255 @@
+"""Our plan and config -> megatron-core: process groups, this rank's blocks of the Atto, the pipeline schedule.
+
+Megatron is extended by specs alone. Weights that every TP rank holds whole but that saw only a share of the work
+(q/k norms: their heads; all norms under sequence parallelism: their positions) pass through `copy_to_tensor_..._region`,
+whose backward sums over TP inside the graph, before any hook or optimizer sees the gradient.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, final
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from matformer.config.schema import AttoConfig, ParallelConfig
+from matformer.errors import ParallelError
+from matformer.hosts.base import Objective, Sums, Trunk
+from matformer.hosts.megatron_on_cpu import host_megatron_on_cpu
+from matformer.layers.attention import AttoView, atto_attention
+from matformer.parallel.groups import Groups
+from matformer.parcels import Batch
+
+host_megatron_on_cpu()
+with warnings.catch_warnings():  # megatron warns of optional kernels that this host does not use
+    warnings.simplefilter("ignore")
+    from megatron.core import parallel_state
+    from megatron.core.enums import ModelType
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel import (
+        copy_to_tensor_model_parallel_region,
+        gather_from_sequence_parallel_region,
+        scatter_to_sequence_parallel_region,
+    )
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_block import (
+        TransformerBlock,
+        TransformerBlockSubmodules,
+        get_num_layers_to_build,
+    )
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+
+def build_groups(plan: ParallelConfig) -> Groups:
+    """Join the world (gloo on CPU, nccl on GPUs) and cut it into tp x pp x dp. Collective.
+
+    Raises ParallelError where the launcher started another number of ranks than the plan needs.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world != plan.ranks:
+        raise ParallelError(
+            f"parallel.tp * pp * dp = {plan.tp} * {plan.pp} * {plan.dp} needs {plan.ranks} ranks, but {world} were "
+            "started; start the run with slurm/pretrain.sh or change parallel.*"
+        )
+    if not dist.is_initialized():
+        _join_world(plan)
+    if not parallel_state.is_initialized():
+        parallel_state.initialize_model_parallel(plan.tp, plan.pp)
+        model_parallel_cuda_manual_seed(1234)  # asked for under sequence parallelism; no random number is drawn from it
+    return Groups(
+        rank=dist.get_rank(),
+        world=world,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=plan.tp,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=plan.pp,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=plan.dp,
+        tp=parallel_state.get_tensor_model_parallel_group(),
+        pp=parallel_state.get_pipeline_model_parallel_group(),
+        dp=parallel_state.get_data_parallel_group(),
+    )
+
+
+def _join_world(plan: ParallelConfig) -> None:
+    timeout = timedelta(seconds=plan.timeout_seconds)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:  # one rank without a launcher
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+class ModelParallelUnit:
+    """What DeepSpeed asks of an `mpu`: megatron's parallel_state, and the two calls that it lacks."""
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - stands for a whole module
+        return getattr(parallel_state, name)
+
+    def get_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(parallel_state.get_model_parallel_group())
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank(parallel_state.get_model_parallel_group())
+
+
+def transformer_config(atto: AttoConfig, plan: ParallelConfig) -> TransformerConfig:
+    """Every megatron field that this project sets, in one place."""
+    dtype = torch.bfloat16 if plan.dtype == "bfloat16" else torch.float32
+    return TransformerConfig(
+        num_layers=atto.layers,
+        hidden_size=atto.width,
+        num_attention_heads=atto.heads,
+        num_query_groups=atto.kv_heads,
+        kv_channels=atto.width // atto.heads,
+        ffn_hidden_size=atto.ffn_width,
+        layernorm_epsilon=atto.norm_epsilon,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=plan.tp,
+        pipeline_model_parallel_size=plan.pp,
+        sequence_parallel=plan.sequence_parallel,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        variable_seq_lengths=plan.pp > 1,  # held-out batches have other row counts than training ones
+        calculate_per_token_loss=True,  # our losses are divided already: megatron divides no more
+        use_cpu_initialization=not torch.cuda.is_available(),
+        perform_initialization=False,  # weights are drawn by global name
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+class AttoNorm(nn.Module):
+    """RMSNorm of the residual stream; under sequence parallelism its weight's gradient is summed over TP."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__()
+        self.epsilon, self.shared = eps, config.sequence_parallel
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+
+    def forward(self, x: Float[Tensor, "... H"]) -> Float[Tensor, "... H"]:
+        weight = copy_to_tensor_model_parallel_region(self.weight) if self.shared else self.weight
+        return F.rms_norm(x, (x.shape[-1],), weight, self.epsilon)
+
+
+class HeadNorm(AttoNorm):
+    """RMSNorm of queries or keys: each TP rank sees its own heads, so the gradient is always summed over TP."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__(config, hidden_size, eps)
+        self.shared = config.tensor_model_parallel_size > 1
+
+
+class AttoCore(nn.Module):
+    """The attention core inside megatron's SelfAttention: ours, with the view that travels as `packed_seq_params`."""
+
+    def __init__(self, config: TransformerConfig, **_: object) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(
+        self,
+        query: Float[Tensor, "S B A K"],
+        key: Float[Tensor, "S B G K"],
+        value: Float[Tensor, "S B G K"],
+        attention_mask: None,
+        *,
+        packed_seq_params: AttoView,
+        **_: object,
+    ) -> Float[Tensor, "S B AK"]:
+        query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        out = atto_attention(query, key, value, view=packed_seq_params)
+        return out.flatten(2).transpose(0, 1).contiguous()
+
+
+@final
+class MegatronTrunk(Trunk):
+    """This rank's share of the Atto as a megatron-core TransformerBlock."""
+
+    def __init__(self, atto: AttoConfig, *, plan: ParallelConfig, groups: Groups) -> None:
+        super().__init__()
+        self.config = transformer_config(atto, plan)
+        self.groups = groups
+        layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+        parts = layer.submodules
+        parts.input_layernorm = parts.pre_mlp_layernorm = AttoNorm
+        attention = parts.self_attention.submodules
+        attention.core_attention = AttoCore
+        attention.q_layernorm = attention.k_layernorm = ModuleSpec(module=HeadNorm)
+        count = get_num_layers_to_build(self.config)
+        self.first_layer = get_transformer_layer_offset(self.config)
+        self.block = TransformerBlock(
+            self.config,
+            TransformerBlockSubmodules([layer] * count, layer_norm=AttoNorm),
+            pre_process=groups.is_first,
+            post_process=groups.is_last,
+        )
+
+    def forward(self, hidden: Float[Tensor, "B S H"] | None, view: AttoView) -> Tensor:
+        entering = None
+        if hidden is not None:
+            entering = hidden.transpose(0, 1).contiguous()
+            if self.config.sequence_parallel:
+                entering = scatter_to_sequence_parallel_region(entering)
+        leaving = self.block(entering, None, packed_seq_params=view)
+        if not self.groups.is_last:
+            return leaving
+        if self.config.sequence_parallel:  # every TP rank decodes the whole: the gradient is cut, not summed
+            leaving = gather_from_sequence_parallel_region(leaving, tensor_parallel_output_grad=False)
+        return leaving.transpose(0, 1)
+
+    def receive(self, tensor: Tensor | None) -> None:
+        self.block.set_input_tensor(tensor)
+
+
+def run_schedule(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    trunk: MegatronTrunk,
+    objective: Objective | None,
+) -> list[Sums]:
+    """All microbatches through megatron's schedule, backward too if there is an objective. Collective.
+
+    Returns each microbatch's sums on the last stage, [] elsewhere.
+    """
+    model.config, model.model_type = trunk.config, ModelType.encoder_or_decoder  # read by megatron's schedules
+
+    def forward_step(iterator: Any, module: nn.Module) -> tuple[Any, Any]:  # noqa: ANN401 - megatron's contract
+        return module(next(iterator)), loss_function
+
+    def loss_function(sums: Sums) -> tuple[Tensor, Tensor, Sums]:
+        one = torch.ones((), dtype=torch.int)
+        loss = objective(sums) if objective else torch.zeros(())
+        return loss, one, {name: value.detach() for name, value in sums.items()}
+
+    rows, length = batches[0].grid.kind_BS.shape
+    outputs = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(batches),
+        model=model,
+        num_microbatches=len(batches),
+        seq_length=length,
+        micro_batch_size=rows,
+        forward_only=objective is None,
+    )
+    return list(outputs)
