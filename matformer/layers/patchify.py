@@ -10,8 +10,8 @@ from torch import Tensor
 from matformer.errors import ParcelError
 
 
-def patchify(latent: Float[Tensor, "..."], *, rank: int, patch: int) -> Float[Tensor, "... N F"]:
-    """Cut [..., C, *grid] (`rank` grid axes) into patches, raster order; inside a patch: C, then its cells in raster order.
+def patchify(latent: Float[Tensor, "*dims"], *, rank: int, patch: int) -> Float[Tensor, "... N F"]:
+    """Cut [..., C, *grid] (`rank` grid axes) into patches, raster order; a patch holds C, then its cells in raster order.
 
     Raises ParcelError unless `patch` divides every grid axis.
     """
@@ -29,7 +29,7 @@ def patchify(latent: Float[Tensor, "..."], *, rank: int, patch: int) -> Float[Te
     return x.reshape(*batch, math.prod(size // patch for size in grid), channels * patch**rank)
 
 
-def unpatchify(patches: Float[Tensor, "... N F"], *, grid: tuple[int, ...], patch: int) -> Float[Tensor, "..."]:
+def unpatchify(patches: Float[Tensor, "... N F"], *, grid: tuple[int, ...], patch: int) -> Float[Tensor, "*dims"]:
     """The inverse of `patchify`: [..., N, F] -> [..., C, *grid].
 
     Raises ParcelError unless `patch` divides every grid axis.

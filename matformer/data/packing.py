@@ -1,0 +1,497 @@
+"""Documents -> sequences of S positions -> the `Batch` parcel, as SEMANTICS says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from matformer.config.schema import ModelConfig
+from matformer.data.sources import Document, MediaSpan, TextSpan
+from matformer.errors import ParcelError
+from matformer.layers.patchify import patchify
+from matformer.parallel.seeds import draw_time, generator
+from matformer.parcels import Batch, Grid, Kind, MediaUnits, RouterUnits, TextUnits
+from matformer.shapes import BEGIN, END, NUM_AXES
+
+INSIDE_TEXT, AFTER_TEXT, OPEN = range(3)  # what a router's question may be answered with
+
+
+class Place(NamedTuple):
+    """Where a document goes on: a span, and a patch of it (text only)."""
+
+    span: int = 0
+    patch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The part of a document that stands in one sequence: from `first` up to, not including, `last`."""
+
+    document: Document
+    first: Place
+    last: Place
+
+
+class Noise(NamedTuple):
+    """What is drawn for a generated span: without its condition or not, t, and epsilon [N, F]."""
+
+    blind: bool
+    time: float
+    epsilon: np.ndarray
+
+
+DrawNoise = Callable[[str, int, tuple[int, int]], Noise]  # (document key, span of the sequence, (N, F)) -> Noise
+
+
+def num_patches(span: MediaSpan, *, model: ModelConfig) -> int:
+    """N of a media span."""
+    patch = model.media[span.modality].patch
+    return math.prod(size // patch for size in span.latent.shape[1:])
+
+
+def has_clean_copy(document: Document, span: int) -> bool:
+    """Whether media span number `span` stands clean in the sequence: given, or something follows its closing."""
+    media = document.spans[span]
+    assert isinstance(media, MediaSpan)
+    return media.role == "given" or span + 1 < len(document.spans)
+
+
+def span_positions(document: Document, span: int, *, model: ModelConfig) -> int:
+    """Positions that span number `span` of a document takes."""
+    part = document.spans[span]
+    if isinstance(part, TextSpan):
+        return len(part.patch_lengths)
+    copies = (part.role == "generate") + has_clean_copy(document, span)
+    return 2 + copies * num_patches(part, model=model)
+
+
+def document_positions(document: Document, *, model: ModelConfig) -> int:
+    """Positions of a whole document with one start."""
+    return 1 + sum(span_positions(document, span, model=model) for span in range(len(document.spans)))
+
+
+def largest_span(model: ModelConfig) -> int:
+    """Positions of the largest media span with both copies, and a start before it."""
+    sizes = [
+        math.prod(size // media.patch for size in bucket) for media in model.media.values() for bucket in media.buckets
+    ]
+    return 3 + 2 * max(sizes, default=0)
+
+
+def cut(document: Document, first: Place, *, room: int, model: ModelConfig) -> tuple[Piece, int] | None:
+    """As much of `document` from `first` on as fits into `room` positions, and how many it takes; None if nothing fits.
+
+    Text is cut at a patch, media never.
+    """
+    used, (span, patch) = 1, first
+    while span < len(document.spans):
+        part = document.spans[span]
+        size = span_positions(document, span, model=model) - patch
+        if used + size > room:
+            if isinstance(part, TextSpan) and used < room:
+                patch, used = patch + room - used, room
+            break
+        span, patch, used = span + 1, 0, used + size
+    if used == 1 or used > room:
+        return None
+    return Piece(document, first, Place(span, patch)), used
+
+
+def ended(piece: Piece) -> bool:
+    """Whether nothing of the document is left after this piece."""
+    return piece.last.span == len(piece.document.spans)
+
+
+def draw_training_noise(*, seed: int, step: int, lane: int, blind_probability: float, time_shift: float) -> DrawNoise:
+    """Noise keyed by (seed, step, lane, span of the sequence): the same on every rank and after every restart."""
+
+    def draw(key: str, span: int, shape: tuple[int, int]) -> Noise:
+        draws = generator(seed, "noise", step, lane, span)
+        blind = bool(draws.random() < blind_probability)
+        time = draw_time(draws, shift=time_shift)
+        return Noise(blind, time, draws.standard_normal(shape, dtype=np.float32))
+
+    return draw
+
+
+def draw_zeros(key: str, span: int, shape: tuple[int, int]) -> Noise:
+    """No noise at t = 0: for callers that put in their own."""
+    return Noise(False, 0.0, np.zeros(shape, np.float32))
+
+
+def pack_batch(
+    rows: Sequence[Sequence[Piece]],
+    draws: Sequence[DrawNoise],
+    *,
+    model: ModelConfig,
+    sequence_latents: int,
+) -> Batch:
+    """The microbatch whose sequences hold these pieces, padded to `sequence_latents`; `draws` gives each row's noise.
+
+    Raises ParcelError if a row does not fit.
+    """
+    builder = _Builder(model, num_rows=len(rows), length=sequence_latents)
+    for row, (pieces, draw) in enumerate(zip(rows, draws, strict=True)):
+        builder.begin_row(row, draw)
+        for piece in pieces:
+            builder.add(piece)
+    return builder.batch()
+
+
+def build_batch(
+    documents: Sequence[Document], *, model: ModelConfig, sequence_latents: int, blind: bool = False
+) -> Batch:
+    """One whole document a row, for sampling; generated spans hold zeros as noise at t = 0 (see `with_noise`).
+
+    `blind` marks all generated spans as without their condition. A last text span that is not ended has no router
+    question after it. Raises ParcelError if a document does not fit.
+    """
+
+    def draw(key: str, span: int, shape: tuple[int, int]) -> Noise:
+        return draw_zeros(key, span, shape)._replace(blind=blind)
+
+    rows = [[Piece(document, Place(), Place(len(document.spans)))] for document in documents]
+    return pack_batch(rows, [draw] * len(rows), model=model, sequence_latents=sequence_latents)
+
+
+def with_noise(batch: Batch, *, time: float, seed: int, index: int) -> Batch:
+    """The same batch with t = `time` in all generated spans and epsilon drawn from (document key, k-th span of the
+    modality in the document, index): independent of packing, as long as no document is cut between two batches.
+    """
+    media = {}
+    for name, units in batch.media.items():
+        generated = torch.zeros(len(units.time_J), dtype=torch.bool)
+        generated[units.span_N[units.noised_row_Q]] = True
+        noise = torch.zeros_like(units.noise_NF)
+        seen: dict[int, int] = {}
+        for span, document in enumerate(units.document_J.tolist()):
+            number = seen[document] = seen.get(document, -1) + 1
+            rows = units.span_N == span
+            if generated[span]:
+                draws = generator(seed, "heldout", batch.document_keys[document], name, number, index)
+                shape = (int(rows.sum()), noise.shape[1])
+                noise[rows] = torch.from_numpy(draws.standard_normal(shape, dtype=np.float32))
+        media[name] = replace(units, noise_NF=noise, time_J=torch.where(generated, time, 0.0))
+    return replace(batch, media=media)
+
+
+@dataclass(slots=True)
+class _Text:
+    symbols: list[np.ndarray] = field(default_factory=list)
+    lengths: list[np.ndarray] = field(default_factory=list)  # symbols of each patch
+    slots: list[np.ndarray] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)  # symbols of each piece
+    documents: list[int] = field(default_factory=list)  # of each piece
+    num_bytes: int = 0
+
+
+@dataclass(slots=True)
+class _Media:
+    values: list[Tensor] = field(default_factory=list)
+    noises: list[np.ndarray] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    buckets: list[int] = field(default_factory=list)
+    headers: list[int] = field(default_factory=list)
+    closings: list[int] = field(default_factory=list)
+    documents: list[int] = field(default_factory=list)
+    noised: list[tuple[int, int]] = field(default_factory=list)  # (first row, first slot) of each noised copy
+    clean: list[tuple[int, int]] = field(default_factory=list)
+    noised_sizes: list[int] = field(default_factory=list)
+    clean_sizes: list[int] = field(default_factory=list)
+    rows: int = 0
+
+
+@dataclass(slots=True)
+class _Route:
+    slots: list[np.ndarray] = field(default_factory=list)
+    targets: list[np.ndarray] = field(default_factory=list)
+    rules: list[np.ndarray] = field(default_factory=list)
+    span_ends: list[np.ndarray] = field(default_factory=list)
+    buckets: list[np.ndarray] = field(default_factory=list)
+    documents: list[np.ndarray] = field(default_factory=list)
+
+
+class _Builder:
+    """Fills the arrays of a microbatch, piece by piece."""
+
+    def __init__(self, model: ModelConfig, *, num_rows: int, length: int) -> None:
+        self.model = model
+        self.length = length
+        self.index = {name: i for i, name in enumerate(model.modalities)}
+        shape = (num_rows, length)
+        self.kind = np.full(shape, Kind.PAD, np.int64)
+        self.modality = np.full(shape, -1, np.int64)
+        self.document = np.full(shape, -1, np.int64)
+        self.span = np.full(shape, -1, np.int64)
+        self.media_number = np.full(shape, -1, np.int64)
+        self.blind = np.zeros(shape, bool)
+        self.axes = np.zeros((*shape, NUM_AXES), np.int64)
+        self.text = _Text()
+        self.media = {name: _Media() for name in model.media}
+        self.route = _Route()
+        self.keys: dict[str, int] = {}
+
+    def begin_row(self, row: int, draw: DrawNoise) -> None:
+        self.row, self.draw = row, draw
+        self.at = self.clock = self.pieces = self.spans = 0
+
+    def add(self, piece: Piece) -> None:
+        document, begin = piece.document, self.at
+        self.number = self.keys.setdefault(document.key, len(self.keys))
+        self._start(piece)
+        last = piece.last
+        for span in range(piece.first.span, last.span + (last.patch > 0)):
+            part = document.spans[span]
+            if isinstance(part, MediaSpan):
+                self._media(piece, span)
+                continue
+            first = piece.first.patch if span == piece.first.span else 0
+            self._text(piece, span, first, last.patch if span == last.span else len(part.patch_lengths))
+        self.document[self.row, begin : self.at] = self.pieces
+        self.pieces += 1
+
+    def _start(self, piece: Piece) -> None:
+        where = self._take(1, Kind.START)
+        self.axes[self.row, where, 0] = self._tick(1)
+        if piece.first.patch:
+            self._ask(where, targets=[0], rules=[INSIDE_TEXT], span_ends=[False], buckets=[-1])
+        elif piece.first.span < len(piece.document.spans):
+            target, bucket = self._what_comes(piece, piece.first.span)
+            self._ask(where, targets=[target], rules=[OPEN], span_ends=[False], buckets=[bucket])
+
+    def _text(self, piece: Piece, span: int, first: int, last: int) -> None:
+        part = piece.document.spans[span]
+        assert isinstance(part, TextSpan)
+        lengths, whole = part.patch_lengths, last == len(part.patch_lengths)
+        start = int(lengths[:first].sum())
+        patch_symbols = lengths[first:last]
+        size = int(patch_symbols.sum())
+        where = self._take(last - first, Kind.TEXT)
+        self.modality[self.row, where] = 0
+        self.axes[self.row, where, 0] = self._tick(last - first)
+        self._text_units(part, start, size, patch_symbols=patch_symbols, where=where, ends=whole and part.ended)
+        ends = whole and part.ended
+        asked = last - first if ends and self._is_asked(piece, span) else last - first - 1
+        targets = np.zeros(max(asked, 0), np.int64)
+        buckets = np.full(len(targets), -1, np.int64)
+        rules = np.full(len(targets), INSIDE_TEXT, np.int64)
+        span_ends = np.zeros(len(targets), bool)
+        if asked == last - first and asked:
+            targets[-1], buckets[-1] = self._what_comes(piece, span + 1)
+            rules[-1], span_ends[-1] = AFTER_TEXT, True
+        self._ask(
+            slice(where.start, where.start + len(targets)),
+            targets=targets,
+            rules=rules,
+            span_ends=span_ends,
+            buckets=buckets,
+        )
+
+    def _text_units(
+        self, part: TextSpan, start: int, size: int, *, patch_symbols: np.ndarray, where: slice, ends: bool
+    ) -> None:
+        symbols = np.full(size, END, np.int64)
+        num_bytes = size - ends
+        symbols[:num_bytes] = np.frombuffer(part.data, np.uint8, count=num_bytes, offset=start) if num_bytes else []
+        text = self.text
+        text.symbols.append(symbols)
+        text.lengths.append(patch_symbols)
+        text.slots.append(self._slots(where))
+        text.sizes.append(size)
+        text.documents.append(self.number)
+        text.num_bytes += num_bytes
+
+    def _media(self, piece: Piece, span: int) -> None:
+        part = piece.document.spans[span]
+        assert isinstance(part, MediaSpan)
+        config, units = self.model.media[part.modality], self.media[part.modality]
+        value = patchify(torch.from_numpy(part.latent), rank=config.rank, patch=config.patch)
+        rows = len(value)
+        generated = part.role == "generate"
+        noise = self.draw(piece.document.key, self.spans, (rows, value.shape[1])) if generated else None
+        begin = self.at
+        header = self._take(1, Kind.HEADER)
+        self.axes[self.row, header, 0] = self._tick(1)
+        shared = self._tick(1)
+        if noise is not None:
+            copy = self._copy(part, shared, rows, kind=Kind.NOISED)
+            self.blind[self.row, begin : self.at] = noise.blind
+            units.noised.append((units.rows, self._slot(copy.start)))
+            units.noised_sizes.append(rows)
+        if has_clean_copy(piece.document, span):
+            copy = self._copy(part, shared, rows, kind=Kind.CLEAN)
+            units.clean.append((units.rows, self._slot(copy.start)))
+            units.clean_sizes.append(rows)
+        closing = self._take(1, Kind.CLOSING)
+        self.axes[self.row, closing, 0] = self._tick(1)
+        self.modality[self.row, begin : self.at] = self.index[part.modality]
+        self.media_number[self.row, begin : self.at] = self.spans
+        units.values.append(value)
+        units.noises.append(noise.epsilon if noise else np.zeros(tuple(value.shape), np.float32))
+        units.times.append(noise.time if noise else 0.0)
+        units.sizes.append(rows)
+        units.buckets.append(part.bucket)
+        units.headers.append(self._slot(header.start))
+        units.closings.append(self._slot(closing.start))
+        units.documents.append(self.number)
+        units.rows += rows
+        self.spans += 1
+        if self._is_asked(piece, span):
+            target, bucket = self._what_comes(piece, span + 1)
+            self._ask(closing, targets=[target], rules=[OPEN], span_ends=[True], buckets=[bucket])
+
+    def _copy(self, part: MediaSpan, clock: np.ndarray, rows: int, *, kind: Kind) -> slice:
+        where = self._take(rows, kind)
+        self.span[self.row, where] = 2 * self.spans + (kind == Kind.CLEAN)
+        self.axes[self.row, where, 0] = clock
+        patch = self.model.media[part.modality].patch
+        grid = [size // patch for size in part.latent.shape[1:]]
+        # audio lies on t, images on y and x, video on all three
+        first = 2 if len(grid) == 2 else 1
+        self.axes[self.row, where, first : first + len(grid)] = np.indices(grid).reshape(len(grid), -1).T
+        return where
+
+    def _is_asked(self, piece: Piece, span: int) -> bool:
+        """Whether what follows span number `span` is known here: it stands in this piece, or the document ends."""
+        return ended(piece) or span + 1 < piece.last.span or (span + 1 == piece.last.span and piece.last.patch > 0)
+
+    def _what_comes(self, piece: Piece, span: int) -> tuple[int, int]:
+        """Router target and shape bucket (-1 for none) of span number `span`."""
+        if span == len(piece.document.spans):
+            return len(self.index), -1
+        part = piece.document.spans[span]
+        return (0, -1) if isinstance(part, TextSpan) else (self.index[part.modality], part.bucket)
+
+    def _ask(
+        self,
+        where: slice,
+        *,
+        targets: Sequence[int] | np.ndarray,
+        rules: Sequence[int] | np.ndarray,
+        span_ends: Sequence[bool] | np.ndarray,
+        buckets: Sequence[int] | np.ndarray,
+    ) -> None:
+        slots = self._slots(where)
+        self.route.slots.append(slots)
+        self.route.targets.append(np.asarray(targets, np.int64))
+        self.route.rules.append(np.asarray(rules, np.int64))
+        self.route.span_ends.append(np.asarray(span_ends, bool))
+        self.route.buckets.append(np.asarray(buckets, np.int64))
+        self.route.documents.append(np.full(len(slots), self.number, np.int64))
+
+    def _take(self, count: int, kind: Kind) -> slice:
+        where = slice(self.at, self.at + count)
+        if where.stop > self.length:
+            raise ParcelError(
+                f"a row must fit into {self.length} latents, got at least {where.stop}; set data.sequence_latents"
+            )
+        self.kind[self.row, where] = kind
+        self.at = where.stop
+        return where
+
+    def _tick(self, count: int) -> np.ndarray:
+        self.clock += count
+        return np.arange(self.clock - count, self.clock)
+
+    def _slot(self, at: int) -> int:
+        return self.row * self.length + at
+
+    def _slots(self, where: slice) -> np.ndarray:
+        return np.arange(self._slot(where.start), self._slot(where.stop))
+
+    def batch(self) -> Batch:
+        grid = Grid(
+            *(
+                torch.from_numpy(array)
+                for array in (
+                    self.kind,
+                    self.modality,
+                    self.document,
+                    self.span,
+                    self.media_number,
+                    self.blind,
+                    self.axes,
+                )
+            )
+        )
+        return Batch(
+            grid=grid,
+            text=_text_parcel(self.text),
+            media={name: self._media_parcel(name) for name in self.model.media},
+            route=self._route_parcel(),
+            num_bytes=self.text.num_bytes,
+            num_documents=len(self.keys),
+            document_keys=tuple(self.keys),
+        )
+
+    def _media_parcel(self, name: str) -> MediaUnits:
+        units, config = self.media[name], self.model.media[name]
+        features = config.channels * config.patch**config.rank
+        noises = [torch.from_numpy(noise) for noise in units.noises]
+        noised_row, noised_slot = _runs(units.noised, units.noised_sizes)
+        clean_row, clean_slot = _runs(units.clean, units.clean_sizes)
+        return MediaUnits(
+            value_NF=torch.cat(units.values) if units.values else torch.zeros(0, features),
+            noise_NF=torch.cat(noises) if noises else torch.zeros(0, features),
+            span_N=torch.from_numpy(np.repeat(np.arange(len(units.sizes)), units.sizes)),
+            time_J=torch.tensor(units.times, dtype=torch.float32),
+            bucket_J=torch.tensor(units.buckets, dtype=torch.int64),
+            header_slot_J=torch.tensor(units.headers, dtype=torch.int64),
+            closing_slot_J=torch.tensor(units.closings, dtype=torch.int64),
+            document_J=torch.tensor(units.documents, dtype=torch.int64),
+            noised_row_Q=noised_row,
+            noised_slot_Q=noised_slot,
+            clean_row_Q=clean_row,
+            clean_slot_Q=clean_slot,
+        )
+
+    def _route_parcel(self) -> RouterUnits:
+        route, classes = self.route, len(self.index) + 2
+        legal = np.ones((3, classes), bool)
+        legal[INSIDE_TEXT, 1:] = False
+        legal[AFTER_TEXT, 0] = False
+        legal[:, -1] = self.model.router.recurrent
+        return RouterUnits(
+            slot_R=_joined(route.slots),
+            target_R=_joined(route.targets),
+            legal_RM=torch.from_numpy(legal)[_joined(route.rules)],
+            span_end_R=_joined(route.span_ends, dtype=torch.bool),
+            bucket_R=_joined(route.buckets),
+            document_R=_joined(route.documents),
+        )
+
+
+def _text_parcel(text: _Text) -> TextUnits:
+    symbol, lengths = _joined(text.symbols), _joined(text.lengths)
+    sizes = np.asarray(text.sizes, np.int64)
+    firsts = np.cumsum(sizes) - sizes
+    coda_input = torch.roll(symbol, 1)
+    coda_input[torch.from_numpy(firsts[sizes > 0])] = BEGIN
+    place = np.arange(len(symbol)) - np.repeat(firsts, sizes)
+    return TextUnits(
+        symbol_U=symbol,
+        coda_input_U=coda_input,
+        piece_U=torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)),
+        place_U=torch.from_numpy(place),
+        patch_U=torch.repeat_interleave(torch.arange(len(lengths)), lengths),
+        document_U=torch.from_numpy(np.repeat(np.asarray(text.documents, np.int64), sizes)),
+        slot_P=_joined(text.slots),
+    )
+
+
+def _joined(arrays: list[np.ndarray], *, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.from_numpy(np.concatenate(arrays)).to(dtype) if arrays else torch.zeros(0, dtype=dtype)
+
+
+def _runs(firsts: list[tuple[int, int]], sizes: list[int]) -> tuple[Tensor, Tensor]:
+    """Rows and slots of copies, from the first of each."""
+    rows = [np.arange(row, row + size) for (row, _), size in zip(firsts, sizes, strict=True)]
+    slots = [np.arange(slot, slot + size) for (_, slot), size in zip(firsts, sizes, strict=True)]
+    return _joined(rows), _joined(slots)

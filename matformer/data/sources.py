@@ -1,0 +1,275 @@
+"""Data sets as endless, random-access streams of documents: which one stands at a place is arithmetic, not state."""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from matformer.config.schema import DataConfig, MediaConfig, ModelConfig, SourceConfig
+from matformer.data.patching import Patcher, build_patcher, text_symbols
+from matformer.data.shards import ShardReader
+from matformer.errors import DataError
+from matformer.parallel.seeds import Permutation, generator
+
+Role = Literal["generate", "given"]
+_BLOCKS_IN_MEMORY = 64
+
+
+@dataclass(frozen=True, slots=True)
+class TextSpan:
+    """Bytes and how they are cut: patch lengths sum to the bytes and `<end>`.
+
+    A span that is not ended (a prompt to be continued) has no `<end>`; it may only be the last of its document.
+    """
+
+    data: bytes
+    patch_lengths: np.ndarray
+    ended: bool = True
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MediaSpan:
+    """One normalised latent [C, *grid] (float32), its shape bucket's index, and whether it is generated or given."""
+
+    modality: str
+    latent: np.ndarray
+    bucket: int
+    role: Role
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Document:
+    """Spans in order; no two text spans are adjacent. `key` is "source/key"."""
+
+    key: str
+    spans: tuple[TextSpan | MediaSpan, ...]
+
+
+def text_span(data: bytes, patcher: Patcher, *, ended: bool = True) -> TextSpan:
+    """A text span cut by `patcher`."""
+    return TextSpan(data, patcher.lengths(text_symbols(data, ended=ended)), ended)
+
+
+def media_span(latent: np.ndarray, modality: str, *, media: MediaConfig, role: Role) -> MediaSpan:
+    """A media span of a normalised latent [C, *grid].
+
+    Raises DataError if its channels or grid are not the model's, or it holds what is not finite.
+    """
+    channels, *grid = latent.shape
+    if channels != media.channels or tuple(grid) not in media.buckets:
+        raise DataError(
+            f"a latent of {modality} must have {media.channels} channels and a grid among {list(media.buckets)}, "
+            f"got shape {latent.shape}; set model.media.{modality}.buckets or prepare the data again"
+        )
+    if not np.isfinite(latent).all():
+        raise DataError(f"a latent of {modality} must be finite, got nan or infinity; prepare the data again")
+    return MediaSpan(modality, np.ascontiguousarray(latent, np.float32), media.buckets.index(tuple(grid)), role)
+
+
+def merge_spans(spans: Sequence[bytes | MediaSpan], patcher: Patcher) -> tuple[TextSpan | MediaSpan, ...]:
+    """Maximal spans: neighbouring texts become one, empty texts vanish."""
+    merged: list[bytes | MediaSpan] = []
+    for span in spans:
+        if isinstance(span, bytes) and merged and isinstance(last := merged[-1], bytes):
+            merged[-1] = last + span
+        elif span != b"":
+            merged.append(span)
+    return tuple(text_span(span, patcher) if isinstance(span, bytes) else span for span in merged)
+
+
+class Source(ABC):
+    """One split of a data set."""
+
+    def __init__(self, name: str, config: SourceConfig, *, data: DataConfig, model: ModelConfig, split: str) -> None:
+        self.name = name
+        self.config = config
+        self.model = model
+        self.patcher = build_patcher(data.patcher)
+        self.reader = ShardReader(Path(data.root) / config.path / split)
+        form = self.reader.manifest["form"]
+        if form != config.form:
+            raise DataError(
+                f"data set {self.reader.folder} must have form {config.form}, got {form}; set data.sources.{name}.form"
+            )
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of documents."""
+
+    @abstractmethod
+    def document(self, index: int, *, draws: np.random.Generator, direction: Role | None = None) -> Document:
+        """Document `index` in its written order; `draws` decides what its template leaves open, `direction` overrides.
+
+        Raises DataError if a member is damaged or does not fit the model.
+        """
+
+    @abstractmethod
+    def describe(self, index: int) -> dict[str, Any]:
+        """What the data set says of document `index` (language, concept, ...)."""
+
+    def pick(self, index: int, *, direction: Role | None = None) -> Document:
+        """Document `index`, what its template leaves open drawn from its number alone: for evaluation."""
+        return self.document(index, draws=generator(0, "template", self.name, index), direction=direction)
+
+    def _json(self, i: int) -> Any:
+        return json.loads(bytes(self.reader.view(i, "json")))
+
+
+class TextSource(Source):
+    """Blocks of concatenated documents. A document's key is "source/block-number"."""
+
+    def __init__(self, name: str, config: SourceConfig, *, data: DataConfig, model: ModelConfig, split: str) -> None:
+        super().__init__(name, config, data=data, model=model, split=split)
+        counts = [self.reader.array_length(i, "docs.npy") - 1 for i in range(len(self.reader))]
+        self._first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        self._stored = self.reader.manifest.get("patcher") == self.patcher.identity()
+        self._ends: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def document(self, index: int, *, draws: np.random.Generator, direction: Role | None = None) -> Document:
+        """See Source."""
+        block, number = self._find(index)
+        docs = self.reader.array(block, "docs.npy")
+        first, last = int(docs[number]), int(docs[number + 1])
+        data = bytes(self.reader.view(block, "bytes")[first:last])
+        key = f"{self.name}/{self.reader.key(block)}-{number}"
+        if not data:
+            raise DataError(f"a document must hold text, got none in {key}; prepare the data again")
+        if not self._stored:
+            return Document(key, (text_span(data, self.patcher),))
+        # a document of n bytes has n + 1 symbols, hence the document's number beside its bytes
+        ends = self._patch_ends(block)
+        start, end = np.searchsorted(ends, (first + number, last + number + 1), side="left")
+        lengths = np.diff(ends[start : end + 1]).astype(np.int32)
+        if lengths.sum() != len(data) + 1:
+            raise DataError(
+                f"patch lengths of {key} must sum to {len(data) + 1}, got {lengths.sum()}; prepare it again"
+            )
+        return Document(key, (TextSpan(data, lengths),))
+
+    def describe(self, index: int) -> dict[str, Any]:
+        """See Source."""
+        block, number = self._find(index)
+        return self._json(block)[number]
+
+    def _find(self, index: int) -> tuple[int, int]:
+        block = int(np.searchsorted(self._first, index, side="right")) - 1
+        return block, index - int(self._first[block])
+
+    def _patch_ends(self, block: int) -> np.ndarray:
+        if block not in self._ends:
+            lengths = self.reader.array(block, "patches.npy")
+            self._ends[block] = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+            if len(self._ends) > _BLOCKS_IN_MEMORY:
+                self._ends.popitem(last=False)
+        return self._ends[block]
+
+
+class MediaSource(Source):
+    """What the forms with latents share: one key a document."""
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def describe(self, index: int) -> dict[str, Any]:
+        """See Source."""
+        return self._json(index)
+
+    def _key(self, index: int) -> str:
+        return f"{self.name}/{self.reader.key(index)}"
+
+    def _span(self, index: int, member: str, *, modality: str, role: Role) -> MediaSpan:
+        if modality not in self.model.media:
+            raise DataError(
+                f"modality of {self._key(index)} must be one of {list(self.model.media)}, got {modality!r}; "
+                f"set model.media or data.sources.{self.name}"
+            )
+        mean = self.reader.array(index, member).astype(np.float32)
+        latents = self.reader.manifest["latents"]
+        latents = latents if "scale" in latents else latents[modality]
+        shift = np.asarray(latents["shift"], np.float32)
+        if len(shift) != len(mean):
+            raise DataError(
+                f"a latent of {self._key(index)} must have the {len(shift)} channels of its manifest, got {len(mean)}; "
+                "prepare the data again"
+            )
+        normalised = (mean - shift.reshape(-1, *[1] * (mean.ndim - 1))) * np.float32(latents["scale"])
+        return media_span(normalised, modality, media=self.model.media[modality], role=role)
+
+
+class PairSource(MediaSource):
+    """A latent and its captions: caption -> media (generated), or media (given) -> caption."""
+
+    def document(self, index: int, *, draws: np.random.Generator, direction: Role | None = None) -> Document:
+        """See Source."""
+        facts = self._json(index)
+        forward, main, other = draws.random(), draws.random(), draws.random()
+        role: Role = direction or ("generate" if forward < self.config.generate_probability else "given")
+        caption = self._caption(facts["texts"], main=main, other=other).encode()
+        if not caption:
+            raise DataError(f"a document must hold text, got none in {self._key(index)}; prepare the data again")
+        span = self._span(index, "moments.npy", modality=self.config.modality or facts["modality"], role=role)
+        spans = (caption, span) if role == "generate" else (span, caption)
+        return Document(self._key(index), merge_spans(spans, self.patcher))
+
+    def _caption(self, texts: list[dict[str, str]], *, main: float, other: float) -> str:
+        mains = [text["text"] for text in texts if text["lang"] == self.config.main_language]
+        others = [text["text"] for text in texts if text["lang"] != self.config.main_language]
+        chosen = mains if mains and (main < self.config.main_language_probability or not others) else others
+        return chosen[math.floor(other * len(chosen))] if chosen else ""
+
+
+class DocumentSource(MediaSource):
+    """Interleaved documents, as their `json` lists the spans."""
+
+    def document(self, index: int, *, draws: np.random.Generator, direction: Role | None = None) -> Document:
+        """See Source."""
+        spans = [self._part(index, part, direction=direction) for part in self._json(index)["spans"]]
+        merged = merge_spans(spans, self.patcher)
+        if not any(isinstance(span, TextSpan) for span in merged):
+            raise DataError(f"a document must hold text, got none in {self._key(index)}; prepare the data again")
+        return Document(self._key(index), merged)
+
+    def _part(self, index: int, part: dict[str, Any], *, direction: Role | None) -> bytes | MediaSpan:
+        if "text" in part:
+            return part["text"].encode()
+        return self._span(index, part["member"], modality=part["modality"], role=direction or part["role"])
+
+
+_FORMS: dict[str, type[Source]] = {"text": TextSource, "pairs": PairSource, "documents": DocumentSource}
+
+
+def open_source(name: str, *, data: DataConfig, model: ModelConfig, split: str) -> Source:
+    """The source `name` of a config. Raises DataError if its folder is missing, empty or of another form."""
+    config = data.sources[name]
+    source = _FORMS[config.form](name, config, data=data, model=model, split=split)
+    if len(source) == 0:
+        raise DataError(f"data set {source.reader.folder} must hold documents, got none; prepare the data again")
+    return source
+
+
+class Stream:
+    """The documents of one source for one lane, endless: place k of lane l is number k * L + l over all epochs."""
+
+    def __init__(self, source: Source, *, seed: int, lane: int, lanes: int) -> None:
+        self.source = source
+        self.seed = seed
+        self.lane = lane
+        self.lanes = lanes
+
+    def document(self, place: int) -> Document:
+        """Document at `place`. Raises DataError as Source.document."""
+        epoch, number = divmod(place * self.lanes + self.lane, len(self.source))
+        name = self.source.name
+        index = Permutation(len(self.source), self.seed, name, epoch)[number]
+        return self.source.document(index, draws=generator(self.seed, "template", name, epoch, index))
