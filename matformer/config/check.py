@@ -1,0 +1,258 @@
+"""One small function for each rule between fields of a config; `check` asks them all."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from pathlib import PurePath
+
+from matformer.config.schema import MediaConfig, RunConfig
+from matformer.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+RESERVED_NAMES = ("text", "router", "end", "recurrent", "total", "loss", "media", "heldout", "heldout_ema")
+
+
+def check(config: RunConfig) -> None:
+    """Raise ConfigError at the first rule that the config breaks: what must hold, the numbers, the keys to change."""
+    for rule in RULES:
+        rule(config)
+
+
+def check_heads(config: RunConfig) -> None:
+    """Heads share the width, query heads share key/value heads."""
+    atto = config.model.atto
+    _divides(atto.heads, atto.width, "model.atto.heads", "model.atto.width")
+    _divides(atto.kv_heads, atto.heads, "model.atto.kv_heads", "model.atto.heads")
+
+
+def check_rotary(config: RunConfig) -> None:
+    """Rotary pairs fill a head exactly."""
+    atto = config.model.atto
+    size = atto.width // atto.heads
+    _must(
+        2 * sum(atto.rotary_pairs) == size,
+        f"model.atto.rotary_pairs must sum to half of a head's size, got {sum(atto.rotary_pairs)} pairs for heads of "
+        f"{size} (width {atto.width} / heads {atto.heads}); change model.atto.rotary_pairs",
+    )
+
+
+def check_text(config: RunConfig) -> None:
+    """A latent is k slots of the byte width; byte heads share it, each of an even size for its rotary pairs."""
+    text = config.model.text
+    _divides(text.width, config.model.atto.width, "model.text.width", "model.atto.width")
+    _divides(text.heads, text.width, "model.text.heads", "model.text.width")
+    _must(
+        text.width // text.heads % 2 == 0,
+        f"model.text.width / model.text.heads must be even, got {text.width} / {text.heads} = "
+        f"{text.width // text.heads}; change model.text.heads",
+    )
+
+
+def check_patcher(config: RunConfig) -> None:
+    """A static patch is no longer than the longest allowed."""
+    patcher = config.data.patcher
+    _must(
+        patcher.kind != "static" or patcher.patch_bytes <= patcher.max_patch_bytes,
+        f"data.patcher.patch_bytes must be at most data.patcher.max_patch_bytes, got {patcher.patch_bytes} and "
+        f"{patcher.max_patch_bytes}; change data.patcher.max_patch_bytes",
+    )
+
+
+def check_media_names(config: RunConfig) -> None:
+    """Names of modalities become keys of metrics and folders of samples."""
+    for name in config.model.media:
+        _must(
+            re.fullmatch(r"[a-z][a-z0-9_]*", name) is not None and name not in RESERVED_NAMES,
+            f"a modality's name must be lower-case letters, digits and _, and none of {', '.join(RESERVED_NAMES)}, "
+            f"got {name}; rename model.media.{name}",
+        )
+
+
+def check_media_buckets(config: RunConfig) -> None:
+    """Buckets have the grid's rank, whole patches, and stand in ascending order without repeats."""
+    for name, media in config.model.media.items():
+        key = f"model.media.{name}.buckets"
+        _must(len(media.buckets) > 0, f"{key} must hold at least one shape, got none; change {key}")
+        for bucket in media.buckets:
+            _check_bucket(bucket, media=media, key=key)
+        sizes = [math.prod(bucket) for bucket in media.buckets]
+        _must(
+            sizes == sorted(sizes) and len(set(media.buckets)) == len(media.buckets),
+            f"{key} must be ascending shapes without repeats, got {_lists(media.buckets)}; change {key}",
+        )
+
+
+def check_sequence(config: RunConfig) -> None:
+    """A media span is never cut: start, header, both copies and closing of the largest fit in a sequence."""
+    for name, media in config.model.media.items():
+        largest = max(media.buckets, key=math.prod)
+        needed = 2 * math.prod(cells // media.patch for cells in largest) + 3
+        _must(
+            needed <= config.data.sequence_latents,
+            f"data.sequence_latents must hold the largest {name} span, which takes {needed} latents (start, header, "
+            f"two copies of {(needed - 3) // 2} patches, closing), got {config.data.sequence_latents}; change "
+            f"data.sequence_latents, model.media.{name}.buckets or model.media.{name}.patch",
+        )
+
+
+def check_sources(config: RunConfig) -> None:
+    """Sources name modalities that the model has, and folders under data.root."""
+    _must(len(config.data.sources) > 0, "data.sources must hold at least one source, got none; change data.sources")
+    media = ", ".join(config.model.media) or "none"
+    for name, source in config.data.sources.items():
+        key = f"data.sources.{name}"
+        if source.form == "pairs":
+            _must(
+                source.modality in config.model.media,
+                f"{key}.modality must be one of model.media ({media}) for form pairs, got {source.modality}; change "
+                f"{key}.modality",
+            )
+        else:
+            _must(
+                source.modality is None,
+                f"{key}.modality must be absent for form {source.form}, got {source.modality}; change {key}.form",
+            )
+        path = PurePath(source.path)
+        _must(
+            bool(path.parts) and not path.is_absolute() and ".." not in path.parts,
+            f"{key}.path must be a folder below data.root, got {source.path or 'nothing'}; change {key}.path",
+        )
+
+
+def check_degrees(config: RunConfig) -> None:
+    """Tensor and pipeline degrees divide what they shard."""
+    atto, parallel = config.model.atto, config.parallel
+    for key, count in (("heads", atto.heads), ("kv_heads", atto.kv_heads), ("ffn_width", atto.ffn_width)):
+        _divides(parallel.tp, count, "parallel.tp", f"model.atto.{key}")
+    _divides(parallel.pp, atto.layers, "parallel.pp", "model.atto.layers")
+
+
+def check_sequence_parallel(config: RunConfig) -> None:
+    """Sequence parallelism shards the sequence over more than one rank."""
+    parallel = config.parallel
+    if not parallel.sequence_parallel:
+        return
+    _must(
+        parallel.tp > 1,
+        f"parallel.sequence_parallel must be false with parallel.tp 1, got true and {parallel.tp}; change parallel.tp",
+    )
+    _divides(parallel.tp, config.data.sequence_latents, "parallel.tp", "data.sequence_latents")
+
+
+def check_zero(config: RunConfig) -> None:
+    """ZeRO 2 and 3 need the engine's own forward and backward, which a pipeline does not use."""
+    parallel = config.parallel
+    _must(
+        parallel.zero_stage == 1 or parallel.pp == 1,
+        f"parallel.zero_stage must be 1 when parallel.pp is more than 1, got {parallel.zero_stage} and {parallel.pp}; "
+        "change parallel.zero_stage",
+    )
+
+
+def check_host(config: RunConfig) -> None:
+    """The plain host is the reference: one rank, float32, no partitions."""
+    parallel = config.parallel
+    if parallel.host != "plain":
+        return
+    _must(
+        parallel.ranks == 1,
+        f"parallel.tp * pp * dp must be 1 with parallel.host plain, got {parallel.tp} * {parallel.pp} * {parallel.dp}; "
+        "change parallel.host",
+    )
+    _must(
+        parallel.dtype == "float32" and parallel.zero_stage == 1,
+        f"parallel.host plain must have dtype float32 and zero_stage 1, got {parallel.dtype} and "
+        f"{parallel.zero_stage}; change parallel.host",
+    )
+
+
+def check_batches(config: RunConfig) -> None:
+    """Lanes fill global batches, global batches fill every rank's microbatches."""
+    train, dp = config.train, config.parallel.dp
+    _divides(train.global_batch, config.data.lanes, "train.global_batch", "data.lanes")
+    _must(
+        train.global_batch % (dp * train.micro_batch) == 0,
+        f"train.global_batch must be a multiple of parallel.dp * train.micro_batch, got {train.global_batch} and "
+        f"{dp} * {train.micro_batch} = {dp * train.micro_batch}; change train.global_batch or train.micro_batch",
+    )
+
+
+def check_optimizer(config: RunConfig) -> None:
+    """Moments decay."""
+    for beta in config.train.betas:
+        _must(
+            0.0 <= beta < 1.0,
+            f"train.betas must each be at least 0 and below 1, got {list(config.train.betas)}; change train.betas",
+        )
+
+
+def check_loss_weights(config: RunConfig) -> None:
+    """Weights name modalities that the model has."""
+    for name in config.train.loss_weights.by_modality:
+        _must(
+            name in config.model.media,
+            f"train.loss_weights.by_modality must name entries of model.media "
+            f"({', '.join(config.model.media) or 'none'}), got {name}; change train.loss_weights.by_modality",
+        )
+
+
+def warn_short_run(config: RunConfig) -> None:
+    """A run cut short by an override is legal, but its learning rate never reaches the peak."""
+    train = config.train
+    if train.warmup_steps > train.steps:
+        log.warning(
+            "train.warmup_steps is %d, more than train.steps %d: the learning rate never reaches train.lr",
+            train.warmup_steps,
+            train.steps,
+        )
+
+
+RULES = (
+    check_heads,
+    check_rotary,
+    check_text,
+    check_patcher,
+    check_media_names,
+    check_media_buckets,
+    check_sequence,
+    check_sources,
+    check_degrees,
+    check_sequence_parallel,
+    check_zero,
+    check_host,
+    check_batches,
+    check_optimizer,
+    check_loss_weights,
+    warn_short_run,
+)
+
+
+def _check_bucket(bucket: tuple[int, ...], *, media: MediaConfig, key: str) -> None:
+    _must(
+        len(bucket) == media.rank,
+        f"{key} must have shapes of {media.rank} axes (the rank), got {list(bucket)}; change {key}",
+    )
+    _must(
+        all(cells % media.patch == 0 for cells in bucket),
+        f"{key} must be multiples of the patch, got {list(bucket)} and patch {media.patch}; change {key}",
+    )
+
+
+def _divides(divisor: int, number: int, divisor_key: str, number_key: str) -> None:
+    _must(
+        number % divisor == 0,
+        f"{number_key} must be divisible by {divisor_key}, got {number} and {divisor}; change {divisor_key} or "
+        f"{number_key}",
+    )
+
+
+def _must(holds: bool, sentence: str) -> None:
+    if not holds:
+        raise ConfigError(sentence)
+
+
+def _lists(shapes: tuple[tuple[int, ...], ...]) -> list[list[int]]:
+    return [list(shape) for shape in shapes]
