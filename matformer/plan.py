@@ -1,0 +1,118 @@
+"""The door that checks a config before anything starts: `python -m matformer.plan CONFIG [key=value ...]`.
+
+Imports neither torch nor a host, so that scripts may ask it at every start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matformer.config.check import check
+from matformer.config.load import load_run, value_of
+from matformer.config.schema import RunConfig
+from matformer.errors import MatformerError
+
+SPLITS = ("train", "heldout")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0, or 2 with one sentence on stderr for a config that cannot run."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    asked = _parser().parse_args(arguments)
+    try:
+        config = load_run(asked.config, asked.overrides)
+        check(config)
+        lines = _answer(config, asked=asked)
+    except MatformerError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    return 0
+
+
+def missing_data(config: RunConfig) -> list[Path]:
+    """The data sets (a source's split each) that have no manifest below data.root; names come from the config alone."""
+    sets = [Path(config.data.root, source.path, split) for source in config.data.sources.values() for split in SPLITS]
+    return [one for one in sets if not (one / "manifest.json").is_file()]
+
+
+def rows(config: RunConfig) -> list[tuple[str, str]]:
+    """What the run will be, as (name, value) for a table."""
+    model, data, parallel, train = config.model, config.data, config.parallel, config.train
+    degrees = f"tp {parallel.tp} x pp {parallel.pp} x dp {parallel.dp}"
+    accumulated = train.global_batch // (parallel.dp * train.micro_batch)
+    media = ", ".join(f"{name} ({_largest(one.buckets, patch=one.patch)})" for name, one in model.media.items())
+    return [
+        ("run", f"{config.name}, into {Path(config.run.folder, config.name)}"),
+        ("ranks", f"{parallel.ranks} = {degrees}, ZeRO {parallel.zero_stage}, {parallel.dtype}, {parallel.host}"),
+        ("atto", f"{model.atto.layers} layers, width {model.atto.width}, {model.atto.heads} heads"),
+        ("layers a stage", str(model.atto.layers // parallel.pp)),
+        ("media", media or "none"),
+        ("sequence", f"{data.sequence_latents} latents"),
+        ("global batch", f"{train.global_batch} sequences, {accumulated} microbatch(es) of {train.micro_batch} a rank"),
+        ("latents a step", f"{train.global_batch * data.sequence_latents:,}"),
+        ("latents in all", f"{train.steps * train.global_batch * data.sequence_latents:,} in {train.steps:,} steps"),
+        ("sources", ", ".join(f"{name} {share:.0%}" for name, share in _shares(config).items())),
+        ("data missing", ", ".join(map(str, missing_data(config))) or "none"),
+    ]
+
+
+def _answer(config: RunConfig, *, asked: argparse.Namespace) -> list[str]:
+    if asked.check:
+        return []
+    if asked.ranks:
+        return [str(config.parallel.ranks)]
+    if asked.missing:
+        return [str(one) for one in missing_data(config)]
+    if asked.show:
+        return [_plain(value_of(config, key)) for key in asked.show]
+    return _table(config)
+
+
+def _table(config: RunConfig) -> list[str]:
+    from rich.console import Console  # here, because scripts that ask for one value pay for every import
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    for name, value in rows(config):
+        table.add_row(name, value)
+    console = Console()
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get().splitlines()
+
+
+def _plain(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def _largest(buckets: tuple[tuple[int, ...], ...], *, patch: int) -> str:
+    largest = max(buckets, key=math.prod)
+    return f"{len(buckets)} shape(s), up to {math.prod(cells // patch for cells in largest)} patches"
+
+
+def _shares(config: RunConfig) -> dict[str, float]:
+    total = sum(source.weight for source in config.data.sources.values())
+    return {name: source.weight / total for name, source in config.data.sources.items()}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m matformer.plan", description="Check a config; start nothing.")
+    parser.add_argument("config", help="run file, such as configs/run/demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    answers = parser.add_mutually_exclusive_group()
+    answers.add_argument("--check", action="store_true", help="say nothing when the config can run")
+    answers.add_argument("--ranks", action="store_true", help="say only the number of ranks")
+    answers.add_argument("--missing", action="store_true", help="say only which data sets are missing, one a line")
+    answers.add_argument("--show", action="append", metavar="KEY", help="say only the value of a key (repeatable)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
