@@ -1,0 +1,49 @@
+# make demo    sets up, prepares data, trains the demo, writes runs/demo/report.html
+# make test    sets up, passes the tests
+# make check   style, types, the rule of imports
+# make env     sets up alone: one virtual environment, .venv
+# make clean   removes the environment and caches; runs/, data/ and cache/ stay
+
+# On a machine without a GPU the plain wheel brings some GB of CUDA libraries along: name another with TORCH=...
+TORCH ?= torch==2.13.0
+# The first of these that is there and has a version that the hosts have wheels for.
+PYTHONS ?= python3.11 python3.12 python3 python
+BIN := .venv/bin
+STAMP := .venv/.installed
+# Two that set up at once would write into each other's environment.
+LOCK := $(shell command -v flock >/dev/null 2>&1 && echo flock .env.lock)
+FITS := import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+
+.PHONY: env demo test check clean
+
+env:
+	@$(LOCK) $(MAKE) --no-print-directory $(STAMP)
+
+# pip installs, in every case, because it is what the machine's owner has configured. deepspeed compiles nothing.
+$(STAMP): pyproject.toml Makefile
+	@for python in $(PYTHONS); do \
+	    if command -v $$python >/dev/null && $$python -c '$(FITS)' 2>/dev/null; then found=$$python; break; fi; \
+	done; \
+	if [ -x $(BIN)/python ] && $(BIN)/python -c '$(FITS)'; then :; \
+	elif [ -n "$$found" ]; then $$found -m venv --clear .venv; \
+	elif command -v uv >/dev/null; then uv venv --clear --seed --python 3.11 .venv; \
+	else echo "Python 3.11 or 3.12 with its venv module must be on PATH, got neither; install one, or uv" >&2; exit 2; fi
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[demo,dev]"
+	@touch $@
+
+demo: env
+	bash slurm/pretrain.sh
+
+test: env
+	$(BIN)/python -m pytest tests -q
+
+check: env
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache *.egg-info
+	find matformer data_prep tools tests -name __pycache__ -prune -exec rm -rf {} +

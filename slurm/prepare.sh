@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Make what a run needs from the internet: the environment, and the data of a built-in recipe.
+#
+#   bash slurm/prepare.sh [CONFIG] [key=value ...]
+#
+# For a login node, before sbatch; slurm/pretrain.sh calls it by itself where there is no Slurm. What exists is left
+# alone, and two that run at once wait for each other. Exit code 2: the config cannot run, or data are missing
+# that no recipe makes.
+
+set -euo pipefail
+
+project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+config=configs/run/demo.yaml
+if (($#)) && [[ "$1" != *=* ]]; then
+    config=$1
+    shift
+    if [[ -f "$config" ]]; then
+        config=$(cd "$(dirname "$config")" && pwd)/$(basename "$config")
+    fi
+fi
+overrides=("$@")
+cd "$project"
+
+python=${MATFORMER_PYTHON:-$project/.venv/bin/python}
+if [[ -z "${MATFORMER_PYTHON:-}" && ! -f .venv/.installed ]]; then
+    make --no-print-directory env
+fi
+
+plan() { "$python" -m matformer.plan "$config" ${overrides[@]+"${overrides[@]}"} "$@"; }
+
+prepare_data() {
+    local facts root recipe missing
+    missing=$(plan --missing 2>/dev/null)
+    if [[ -z "$missing" ]]; then
+        return
+    fi
+    facts=$(plan --show data.root --show data.recipe 2>/dev/null)
+    root=$(sed -n 1p <<<"$facts")
+    recipe=$(sed -n 2p <<<"$facts")
+    if [[ "$recipe" != demo ]]; then
+        echo "data.root must hold every data set of data.sources, got none at $(head -n 1 <<<"$missing");" \
+            "prepare it with data_prep, or change data.root" >&2
+        exit 2
+    fi
+    "$python" -m data_prep.demo --out "$root" --cache cache
+}
+
+plan --check
+mkdir -p cache
+exec 9>cache/.lock
+if command -v flock >/dev/null; then flock 9; fi
+prepare_data
