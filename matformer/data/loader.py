@@ -1,4 +1,4 @@
-"""This rank's Batches: lanes of packed sequences, resumable from one small cursor a lane; and held-out documents."""
+"""Batches of one rank: lanes of packed sequences, resumable from one small cursor a lane; and held-out documents."""
 
 from __future__ import annotations
 
@@ -70,14 +70,15 @@ class Lane:
             name, place, *at = state["current"]
             if name not in self.mixture.streams:
                 raise DataError(
-                    f"source {name!r} must stay: a document of it goes on, got {list(self.mixture.streams)}; set data.sources"
+                    f"source {name!r} must stay while a document of it goes on, got {list(self.mixture.streams)}; "
+                    "set data.sources"
                 )
             self._document = (name, place, self.mixture.streams[name].document(place))
             self._place = Place(*at)
 
 
 class Loader:
-    """This data-parallel rank's share of every global batch.
+    """The share of one data-parallel rank in every global batch.
 
     Global batch n is the next sequence of lanes (n * G + i) mod L, i = 0 .. G - 1; rank r of dp serves i = r mod dp.
     `state()` holds this rank's lanes after the last batch it gave; states of all ranks merge to one that any dp loads.
@@ -99,7 +100,7 @@ class Loader:
         self._begin()
 
     def next_global_batch(self, step: int) -> list[Batch]:
-        """This rank's microbatches of global batch `step`; steps come in order. Raises DataError, ParcelError."""
+        """Microbatches of this rank in global batch `step`; steps come in order. Raises DataError, ParcelError."""
         if step != self._state["step"]:
             raise ParcelError(
                 f"the loader must give step {self._state['step']} next, got {step}; call load_state first"
@@ -234,7 +235,7 @@ def heldout_batches(
 ) -> Iterator[Batch]:
     """Held-out documents packed to batches of train.micro_batch sequences; a document that fits whole is not cut.
 
-    The same on every rank and under any layout. Generated spans stand at t = 0.5 with the noise of index 0: see `with_noise`.
+    The same on every rank and under any layout. Generated spans have t = 0.5 and noise of index 0: see `with_noise`.
     """
     documents = heldout_documents(config, source, max_bytes=max_bytes, max_spans=max_spans, direction=direction)
     yield from pack_documents(documents, config=config)
@@ -294,7 +295,8 @@ def _check(config: RunConfig, *, dp_size: int) -> None:
     data, train = config.data, config.train
     if data.lanes % train.global_batch:
         raise ConfigError(
-            f"data.lanes must be a multiple of train.global_batch {train.global_batch}, got {data.lanes}; set data.lanes"
+            f"data.lanes must be a multiple of train.global_batch {train.global_batch}, got {data.lanes}; "
+            "set data.lanes"
         )
     if train.global_batch % (dp_size * train.micro_batch):
         raise ConfigError(

@@ -46,6 +46,7 @@ class Mixture:
         draws = generator(seed, "mixture", lane)
         self.heads = {name: float(draws.random()) * share for name, share in self.shares.items()}
         self.bad = bad
+        self.num_documents = sum(len(stream.source) for stream in self.streams.values())
         self.taken = dict.fromkeys(self.shares, 0)
         self.latents = dict.fromkeys(self.shares, 0)
 
@@ -61,7 +62,7 @@ class Mixture:
             except DataError as error:
                 skipped += 1
                 self.bad.add(error)
-                if skipped > self.bad.limit:  # a source of which nothing is sound
+                if skipped > self.num_documents:  # nothing of a small data set is sound
                     raise
                 continue
             self.latents[name] += measure(document)

@@ -20,8 +20,11 @@ class Boundary(ABC):
 
 
 class Patcher(ABC):
-    """Cuts a span's symbols into patches. A boundary depends on the symbols before it alone: the Coda must know, before
-    it predicts a symbol, to which patch that symbol belongs."""
+    """Cuts the symbols of a span into patches.
+
+    A boundary depends on the symbols before it alone: the Coda must know, before it predicts a symbol, to which
+    patch that symbol belongs.
+    """
 
     @abstractmethod
     def lengths(self, symbols: np.ndarray) -> np.ndarray:

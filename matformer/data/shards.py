@@ -1,4 +1,4 @@
-"""The on-disk format: WebDataset tars, an index of digests beside each, one manifest a data set; writer and reader together."""
+"""The on-disk format: WebDataset tars, an index of digests beside each, one manifest a data set; writer and reader."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ class ShardReader:
         return np.frombuffer(data, dtype=dtype, count=int(np.prod(shape)), offset=start).reshape(shape)
 
     def array_length(self, i: int, name: str) -> int:
-        """First dim of a `.npy` member, from its header alone (the digest is left for the reading). Raises DataError."""
+        """First dim of a `.npy` member, from its header alone (no digest is checked). Raises DataError."""
         return self._array_header(self._raw(i, name), i=i, name=name)[1][0]
 
     def _array_header(self, data: memoryview, *, i: int, name: str) -> tuple[np.dtype, tuple[int, ...], int]:

@@ -11,7 +11,7 @@ from matformer.errors import ParcelError
 
 
 def patchify(latent: Float[Tensor, "*dims"], *, rank: int, patch: int) -> Float[Tensor, "... N F"]:
-    """Cut [..., C, *grid] (`rank` grid axes) into patches, raster order; a patch holds C, then its cells in raster order.
+    """Cut [..., C, *grid] (`rank` grid axes) into patches, raster order; a patch is C by its cells in raster order.
 
     Raises ParcelError unless `patch` divides every grid axis.
     """

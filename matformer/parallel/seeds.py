@@ -1,4 +1,4 @@
-"""Random numbers by counter: every draw is a pure function of a seed and keys, so that no rank and no restart changes it."""
+"""Random numbers by counter: a draw is a pure function of a seed and keys; no rank and no restart changes it."""
 
 from __future__ import annotations
 
