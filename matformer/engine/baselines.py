@@ -1,0 +1,301 @@
+"""What closed forms reach on the held-out data: byte counts and xz for text, the best linear denoiser for latents.
+
+A model that learned something stands below these lines; they are fitted on the train split, and scored on the very
+documents that evaluation scores (`data.loader.heldout_documents`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import lzma
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from matformer.config.schema import RunConfig
+from matformer.data.loader import heldout_documents
+from matformer.data.shards import ShardReader
+from matformer.data.sources import MediaSpan, TextSpan
+from matformer.errors import DataError
+from matformer.parallel.seeds import generator
+from matformer.shapes import END
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+TIMES = tuple((k - 0.5) / 8 for k in range(1, 9))
+"""Noise levels of the held-out flow loss."""
+MAX_TRAIN_LATENTS = 20_000
+"""Latents of fixed shape that a full covariance is fitted on, evenly spaced over the train split."""
+
+_SYMBOLS = END + 1
+_BEGIN = END
+"""As context, what stands before a document; as target, `<end>`: the two never stand at the same place."""
+_CHUNK = 1 << 23
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean over all held-out terms and its standard error over samples (documents or spans)."""
+
+    value: float
+    stderr: float
+
+
+class ByteCounts:
+    """Byte models of order 0 and 2 by counting: 256 bytes and `<end>`.
+
+    Order 0 is the Krichevsky-Trofimov estimate, (c + 1/2) / (n + 257/2). Orders 1 and 2 interpolate with the order
+    below by Witten and Bell's weight: p(x | h) = (c(hx) + d(h) p(x | h')) / (c(h) + d(h)), d(h) the number of
+    different symbols seen after h. What stands before a document's first byte is a symbol of its own.
+    """
+
+    def __init__(self) -> None:
+        self._counts = np.zeros(_SYMBOLS**3, np.int32)
+
+    def add(self, data: bytes | memoryview, docs: Int[np.ndarray, " E1"]) -> None:
+        """Count the documents of one block; docs are their offsets in `data`, the last is its length."""
+        symbols = _with_ends(data, docs)
+        codes = _codes(symbols)
+        for first in range(0, len(codes), _CHUNK):
+            self._counts += np.bincount(codes[first : first + _CHUNK], minlength=len(self._counts)).astype(np.int32)
+
+    def fit(self) -> ByteModels:
+        """The probabilities of what was counted."""
+        two = self._counts.reshape(_SYMBOLS, _SYMBOLS, _SYMBOLS)
+        one = two.sum(0, dtype=np.int64)
+        zero = one.sum(0)
+        unigram = (zero + 0.5) / (zero.sum() + 0.5 * _SYMBOLS)
+        bigram = _interpolated(one, unigram)
+        trigram_bits = np.empty(two.shape, np.float32)
+        for before, counts in enumerate(two):
+            trigram_bits[before] = -np.log2(_interpolated(counts, bigram))
+        return ByteModels(-np.log2(unigram), trigram_bits.reshape(-1))
+
+
+@dataclass(frozen=True)
+class ByteModels:
+    """Bits of every symbol under order 0, and of every code (before last, last, symbol) under order 2."""
+
+    order0_bits: Float[np.ndarray, " V"]
+    order2_bits: Float[np.ndarray, " V3"]
+
+    def score(self, documents: Sequence[bytes]) -> dict[str, Score]:
+        """Bits per raw byte of whole documents, `<end>` paid for but not divided by."""
+        bits: dict[str, list[float]] = {"order0": [], "order2": []}
+        for document in documents:
+            symbols = _with_ends(document, np.array([0, len(document)]))
+            bits["order0"].append(float(self.order0_bits[symbols].sum(dtype=np.float64)))
+            bits["order2"].append(float(self.order2_bits[_codes(symbols)].sum(dtype=np.float64)))
+        sizes = [len(document) for document in documents]
+        return {name: _ratio(sums, sizes) for name, sums in bits.items()}
+
+
+def xz_bits_per_byte(documents: Sequence[bytes]) -> float:
+    """Bits per byte of the documents one after the other under `xz -9e`, its container included."""
+    joined = b"".join(documents)
+    return 8.0 * len(lzma.compress(joined, preset=9 | lzma.PRESET_EXTREME)) / max(len(joined), 1)
+
+
+def gaussian_flow_loss(
+    train: Float[np.ndarray, "n d"],
+    heldout: Float[np.ndarray, "m d"],
+    *,
+    times: Sequence[float] = TIMES,
+    seed: int = 0,
+    covariance: Literal["full", "channel"] = "full",
+    sample: Int[np.ndarray, " m"] | None = None,
+) -> Score:
+    """Flow loss of the best velocity predictor for Gaussian data: x_t = (1 - t) x + t eps, v = eps - x.
+
+    E[v | x_t] is linear with the mean and covariance of `train`: along a direction of variance s, its gain on the
+    centred x_t is (t - (1 - t) s) / ((1 - t)^2 s + t^2), and what it leaves is s / the same denominator. "full" shrinks
+    the covariance towards a multiple of the identity by Ledoit and Wolf's closed-form weight (2004); "channel" takes a
+    variance for each column alone. The mean is over all scalars and times; the standard error over samples: rows of
+    equal `sample` are one (cells of a span), else each row is one. The noise is drawn along the covariance's
+    directions, where it is as white as anywhere.
+    """
+    train, heldout = np.asarray(train, np.float32), np.asarray(heldout, np.float32)
+    mean = train.mean(0, dtype=np.float64).astype(np.float32)
+    centred = train - mean
+    if covariance == "full":
+        variance, directions = _shrunk_covariance(centred)
+        clean = (heldout - mean) @ directions
+    else:
+        variance, clean = np.square(centred).mean(0, dtype=np.float64), heldout - mean
+    errors = np.zeros(len(clean), np.float64)
+    for number, t in enumerate(times):
+        noise = generator(seed, "gaussian", number).standard_normal(clean.shape, dtype=np.float32)
+        gain = ((t - (1 - t) * variance) / ((1 - t) ** 2 * variance + t**2)).astype(np.float32)
+        left = noise - clean - gain * ((1 - t) * clean + t * noise)
+        errors += np.square(left).sum(1, dtype=np.float64) / len(times)
+    rows = np.arange(len(clean)) if sample is None else np.unique(sample, return_inverse=True)[1]
+    return _ratio(np.bincount(rows, weights=errors), np.bincount(rows) * clean.shape[1])
+
+
+def compute_baselines(config: RunConfig, *, text_bytes: int, media_spans: int) -> dict[str, float]:
+    """Every baseline of this data set; kept beside it as baselines-<fingerprint>.json and read back from there.
+
+    Keys: text/order0, text/order2 (each with _stderr), text/xz, <modality>/gaussian (where all its latents have one
+    shape) and <modality>/gaussian_channel (each with _stderr). Raises DataError if the data cannot be read.
+    """
+    fingerprint = _fingerprint(config, text_bytes=text_bytes, media_spans=media_spans)
+    kept = Path(config.data.root) / f"baselines-{fingerprint}.json"
+    if kept.is_file():
+        return json.loads(kept.read_text(encoding="utf-8"))
+    found = _text_baselines(config, text_bytes=text_bytes)
+    for modality in config.model.media:
+        found |= _media_baselines(config, modality=modality, media_spans=media_spans)
+    _keep(found, kept)
+    return found
+
+
+def _with_ends(data: bytes | memoryview, docs: Int[np.ndarray, " E1"]) -> Int[np.ndarray, " U"]:
+    """Symbols of the documents, `<end>` after each."""
+    return np.insert(np.frombuffer(data, np.uint8).astype(np.int32), np.asarray(docs, np.int64)[1:], END)
+
+
+def _codes(symbols: Int[np.ndarray, " U"]) -> Int[np.ndarray, " U"]:
+    """(before last, last, symbol) as one number; the `<end>` before a document is its `<begin>`, twice over."""
+    last = np.concatenate([[_BEGIN], symbols[:-1]])
+    before = np.concatenate([[_BEGIN], last[:-1]])
+    before[last == _BEGIN] = _BEGIN
+    return (before * _SYMBOLS + last) * _SYMBOLS + symbols
+
+
+def _interpolated(counts: Int[np.ndarray, "h V"], below: Float[np.ndarray, ...]) -> Float[np.ndarray, "h V"]:
+    """Witten and Bell's mixture of counts and the order below; where nothing was counted, the order below alone."""
+    different = (counts > 0).sum(-1, keepdims=True)
+    total = counts.sum(-1, keepdims=True)
+    mixed = (counts + different * below) / np.maximum(total + different, 1)
+    return np.where(total > 0, mixed, below)
+
+
+def _shrunk_covariance(centred: Float[np.ndarray, "n d"]) -> tuple[np.ndarray, np.ndarray]:
+    """(variances, directions as columns) of the shrunk covariance."""
+    n, d = centred.shape
+    covariance = (centred.T @ centred).astype(np.float64) / n
+    level = np.trace(covariance) / d
+    square = np.square(covariance).sum()
+    spread = square - d * level**2
+    norms = np.square(centred).sum(1, dtype=np.float64)
+    noise = (np.square(norms).mean() - square) / n
+    weight = min(1.0, max(0.0, noise / spread)) if spread > 0 else 1.0
+    variance, directions = np.linalg.eigh(covariance.astype(np.float32))
+    shrunk = (1 - weight) * np.maximum(variance, 0).astype(np.float64) + weight * level
+    return np.maximum(shrunk, 1e-12), directions
+
+
+def _ratio(sums: Sequence[float] | np.ndarray, sizes: Sequence[int] | np.ndarray) -> Score:
+    """Sum over size, with the standard error of a ratio over independent samples."""
+    totals, counts = np.asarray(sums, np.float64), np.asarray(sizes, np.float64)
+    value = totals.sum() / max(counts.sum(), 1.0)
+    n = len(totals)
+    if n < 2:
+        return Score(float(value), math.nan)
+    spread = np.square(totals - value * counts).sum() * n / (n - 1)
+    return Score(float(value), float(math.sqrt(spread) / max(counts.sum(), 1.0)))
+
+
+def _text_baselines(config: RunConfig, *, text_bytes: int) -> dict[str, float]:
+    sources = [name for name, source in config.data.sources.items() if source.form == "text"]
+    documents = [
+        b"".join(span.data for span in document.spans if isinstance(span, TextSpan))
+        for name in sources
+        for document in heldout_documents(config, name, max_bytes=text_bytes)
+    ]
+    if not documents:
+        return {}
+    counts = ByteCounts()
+    for name in sources:
+        reader = ShardReader(Path(config.data.root) / config.data.sources[name].path / "train")
+        for i in range(len(reader)):
+            counts.add(reader.view(i, "bytes"), reader.array(i, "docs.npy"))
+    found = {"text/xz": xz_bits_per_byte(documents)}
+    for order, score in counts.fit().score(documents).items():
+        found |= _named(f"text/{order}", score)
+    return found
+
+
+def _media_baselines(config: RunConfig, *, modality: str, media_spans: int) -> dict[str, float]:
+    sources = [
+        name
+        for name, source in config.data.sources.items()
+        if source.form == "pairs" and source.modality in (None, modality)
+    ]
+    heldout = [
+        span.latent
+        for name in sources
+        for document in heldout_documents(config, name, max_spans=media_spans)
+        for span in document.spans
+        if isinstance(span, MediaSpan) and span.modality == modality
+    ]
+    train = [latent for name in sources for latent in _train_latents(config, name, modality=modality)]
+    if not heldout or not train:
+        return {}
+    cells = [_cells(latent) for latent in heldout]
+    sample = np.repeat(np.arange(len(cells)), [len(rows) for rows in cells])
+    rows = np.concatenate([_cells(latent) for latent in train])
+    score = gaussian_flow_loss(rows, np.concatenate(cells), covariance="channel", sample=sample)
+    found = _named(f"{modality}/gaussian_channel", score)
+    if len({latent.shape for latent in (*train, *heldout)}) == 1:
+        flat = [np.stack([latent.reshape(-1) for latent in latents]) for latents in (train, heldout)]
+        found |= _named(f"{modality}/gaussian", gaussian_flow_loss(flat[0], flat[1]))
+    return found
+
+
+def _train_latents(config: RunConfig, name: str, *, modality: str) -> Iterable[np.ndarray]:
+    """Normalised latents of the train split, at most MAX_TRAIN_LATENTS evenly spaced ones."""
+    reader = ShardReader(Path(config.data.root) / config.data.sources[name].path / "train")
+    latents: dict[str, Any] = reader.manifest["latents"]
+    if "scale" not in latents:
+        latents = latents[modality]
+    shift, scale = np.asarray(latents["shift"], np.float32), np.float32(latents["scale"])
+    for i in range(0, len(reader), -(-len(reader) // MAX_TRAIN_LATENTS)):
+        mean = reader.array(i, "moments.npy").astype(np.float32)
+        yield (mean - shift.reshape(-1, *[1] * (mean.ndim - 1))) * scale
+
+
+def _cells(latent: Float[np.ndarray, "C ..."]) -> Float[np.ndarray, "cells C"]:
+    return latent.reshape(len(latent), -1).T
+
+
+def _named(name: str, score: Score) -> dict[str, float]:
+    found = {name: score.value}
+    return found | {f"{name}_stderr": score.stderr} if math.isfinite(score.stderr) else found
+
+
+def _fingerprint(config: RunConfig, *, text_bytes: int, media_spans: int) -> str:
+    """Of everything the numbers depend on: the data sets, how their documents are read, and this file's version."""
+    digest = hashlib.sha256()
+    media = {name: [media.channels, media.buckets] for name, media in config.model.media.items()}
+    sources = {name: source.model_dump(mode="json") for name, source in config.data.sources.items()}
+    for source in sources.values():
+        del source["weight"]
+    digest.update(json.dumps([VERSION, text_bytes, media_spans, media, sources], sort_keys=True).encode())
+    for source in config.data.sources.values():
+        for split in ("train", "heldout"):
+            path = Path(config.data.root) / source.path / split / "manifest.json"
+            try:
+                digest.update(hashlib.sha256(path.read_bytes()).digest())
+            except OSError as error:
+                raise DataError(f"{path} must be readable, got: {error}; set data.root") from error
+    return digest.hexdigest()[:16]
+
+
+def _keep(found: dict[str, float], path: Path) -> None:
+    """Write beside the data; a data set that is read-only costs the computation again, not the run."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        log.warning("baselines are not kept in %s: %s", path, error)
