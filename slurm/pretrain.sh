@@ -87,6 +87,8 @@ run_on_nodes() {
             "change parallel.dp or sbatch --nodes" >&2
         exit 2
     fi
+    # srun does not take over by itself what sbatch was asked for.
+    if [[ -n "${SLURM_CPUS_PER_TASK:-}" ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     port=$((20000 + SLURM_JOB_ID % 20000))
     # shellcheck disable=SC2016  # SLURM_NODEID is known on each node alone
@@ -96,13 +98,13 @@ run_on_nodes() {
         --master-addr="$first" --master-port="$port" \
         -m matformer.train "$config" ${overrides[@]+"${overrides[@]}"} &
     step=$!
-    trap 'kill -TERM "$step" 2>/dev/null' TERM
-    trap 'kill -USR1 "$step" 2>/dev/null' USR1
-    # A trapped signal ends `wait` early: wait again until the step itself is gone.
-    while :; do
-        code=0
+    trap 'signalled=1; kill -TERM "$step" 2>/dev/null' TERM
+    trap 'signalled=1; kill -USR1 "$step" 2>/dev/null' USR1
+    # A trapped signal ends `wait` early, with a code of its own: wait again for that of the step.
+    signalled=1
+    while ((signalled)); do
+        signalled=0 code=0
         wait "$step" || code=$?
-        kill -0 "$step" 2>/dev/null || break
     done
     exit "$code"
 }
@@ -116,6 +118,5 @@ else
     bash slurm/prepare.sh "$config" ${overrides[@]+"${overrides[@]}"}
     find_python
 fi
-plan --check
 ranks=$(plan --ranks 2>/dev/null)
 if under_slurm; then run_on_nodes; else run_here; fi
