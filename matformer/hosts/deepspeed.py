@@ -102,6 +102,7 @@ def make_room_for_moments(engine: Any, step: int) -> None:  # noqa: ANN401
         state = {key: torch.zeros_like(flat) for key in MOMENTS}
         zero.optimizer.state[flat] = {"step": torch.tensor(float(step)), **state}
     if not stage3:
+        zero._hp_optimizer_states_linked = False  # link again: the tensors are new
         zero._lazy_init_hp_params_optimizer_state()
 
 

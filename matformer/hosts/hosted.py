@@ -47,10 +47,14 @@ class MegatronHost(Host):
         self.layouts = layouts(model, atto=atto, first_layer=self.trunk.first_layer)
         for name, parameter in model.named_parameters():
             parameter.data.copy_(to_local(self._drawn(name), self.layouts[name], groups=self.groups))
+            sharded = any(piece.dim is not None for piece in self.layouts[name].pieces)
+            parameter.tensor_model_parallel = sharded  # pyright: ignore - DeepSpeed counts whole ones once in the norm
         groups = parameter_groups(model, weight_decay=self.config.train.weight_decay)
         optimizer = build_optimizer(groups, self.config)
         self.engine = zero.build_engine(model, optimizer, config=self.config, mpu=ModelParallelUnit())
         self.model = self.engine.module
+        if self._has_moments():  # else DeepSpeed links the moments after the first group's first step: one group's only
+            zero.make_room_for_moments(self.engine, 0)
 
     def _drawn(self, name: str) -> dict[str, Tensor]:
         depth, seed, tp_size = self.config.model.atto.layers, self.config.seed, self.groups.tp_size
@@ -96,7 +100,7 @@ class MegatronHost(Host):
         return TrainingState(found.pop("weights"), found, self.steps)
 
     def _has_moments(self) -> bool:
-        return self.steps > 0 and self.config.train.optimizer == "adamw"
+        return self.config.train.optimizer == "adamw"
 
     def gather_stored(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         values = {id(p): stored[name] for name, p in self.model.named_parameters()}
@@ -116,7 +120,7 @@ class MegatronHost(Host):
     def load(self, read: Reader, *, step: int) -> None:
         self.steps = step
         keys = ("weights", *zero.MOMENTS) if self._has_moments() else ("weights",)
-        if len(keys) > 1:
+        if self._has_moments():
             zero.make_room_for_moments(self.engine, step)
         for name, parameter in self.model.named_parameters():
             values = {key: self._read_local(read, key, name) for key in keys}

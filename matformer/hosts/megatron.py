@@ -61,6 +61,9 @@ def build_groups(plan: ParallelConfig) -> Groups:
             f"parallel.tp * pp * dp = {plan.tp} * {plan.pp} * {plan.dp} needs {plan.ranks} ranks, but {world} were "
             "started; start the run with slurm/pretrain.sh or change parallel.*"
         )
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # asked for by megatron's tensor parallel layers
+    # both hosts still call collectives by the names that torch renamed
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     if not dist.is_initialized():
         _join_world(plan)
     if not parallel_state.is_initialized():
@@ -88,7 +91,8 @@ def _join_world(plan: ParallelConfig) -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
-    else:  # one rank without a launcher
+    else:  # one rank without a launcher; DeepSpeed asks for the variable
+        os.environ.setdefault("LOCAL_RANK", "0")
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
@@ -108,6 +112,12 @@ class ModelParallelUnit:
 def transformer_config(atto: AttoConfig, plan: ParallelConfig) -> TransformerConfig:
     """Every megatron field that this project sets, in one place."""
     dtype = torch.bfloat16 if plan.dtype == "bfloat16" else torch.float32
+    with warnings.catch_warnings():  # megatron warns of the defaults of its own deprecated fields
+        warnings.simplefilter("ignore")
+        return _transformer_config(atto, plan, dtype=dtype)
+
+
+def _transformer_config(atto: AttoConfig, plan: ParallelConfig, *, dtype: torch.dtype) -> TransformerConfig:
     return TransformerConfig(
         num_layers=atto.layers,
         hidden_size=atto.width,
@@ -127,6 +137,7 @@ def transformer_config(atto: AttoConfig, plan: ParallelConfig) -> TransformerCon
         sequence_parallel=plan.sequence_parallel,
         pipeline_dtype=dtype,
         params_dtype=dtype,
+        moe_token_dispatcher_type="alltoall",  # what variable lengths ask for, though there is no mixture of experts
         variable_seq_lengths=plan.pp > 1,  # held-out batches have other row counts than training ones
         calculate_per_token_loss=True,  # our losses are divided already: megatron divides no more
         use_cpu_initialization=not torch.cuda.is_available(),
