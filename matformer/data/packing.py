@@ -210,12 +210,12 @@ class _Media:
 
 @dataclass(slots=True)
 class _Route:
-    slots: list[np.ndarray] = field(default_factory=list)
-    targets: list[np.ndarray] = field(default_factory=list)
-    rules: list[np.ndarray] = field(default_factory=list)
-    span_ends: list[np.ndarray] = field(default_factory=list)
-    buckets: list[np.ndarray] = field(default_factory=list)
-    documents: list[np.ndarray] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    rules: list[int] = field(default_factory=list)
+    span_ends: list[bool] = field(default_factory=list)
+    buckets: list[int] = field(default_factory=list)
+    documents: list[int] = field(default_factory=list)
 
 
 class _Builder:
@@ -261,10 +261,10 @@ class _Builder:
         where = self._take(1, Kind.START)
         self.axes[self.row, where, 0] = self._tick(1)
         if piece.first.patch:
-            self._ask(where, targets=[0], rules=[INSIDE_TEXT], span_ends=[False], buckets=[-1])
+            self._ask(where.start, 0, rule=INSIDE_TEXT)
         elif piece.first.span < len(piece.document.spans):
             target, bucket = self._what_comes(piece, piece.first.span)
-            self._ask(where, targets=[target], rules=[OPEN], span_ends=[False], buckets=[bucket])
+            self._ask(where.start, target, rule=OPEN, bucket=bucket)
 
     def _text(self, piece: Piece, span: int, first: int, last: int) -> None:
         part = piece.document.spans[span]
@@ -276,23 +276,12 @@ class _Builder:
         where = self._take(last - first, Kind.TEXT)
         self.modality[self.row, where] = 0
         self.axes[self.row, where, 0] = self._tick(last - first)
-        self._text_units(part, start, size, patch_symbols=patch_symbols, where=where, ends=whole and part.ended)
         ends = whole and part.ended
-        asked = last - first if ends and self._is_asked(piece, span) else last - first - 1
-        targets = np.zeros(max(asked, 0), np.int64)
-        buckets = np.full(len(targets), -1, np.int64)
-        rules = np.full(len(targets), INSIDE_TEXT, np.int64)
-        span_ends = np.zeros(len(targets), bool)
-        if asked == last - first and asked:
-            targets[-1], buckets[-1] = self._what_comes(piece, span + 1)
-            rules[-1], span_ends[-1] = AFTER_TEXT, True
-        self._ask(
-            slice(where.start, where.start + len(targets)),
-            targets=targets,
-            rules=rules,
-            span_ends=span_ends,
-            buckets=buckets,
-        )
+        self._text_units(part, start, size, patch_symbols=patch_symbols, where=where, ends=ends)
+        self._ask(where.start, 0, rule=INSIDE_TEXT, count=last - first - 1)
+        if ends and self._is_asked(piece, span):
+            target, bucket = self._what_comes(piece, span + 1)
+            self._ask(where.stop - 1, target, rule=AFTER_TEXT, span_end=True, bucket=bucket)
 
     def _text_units(
         self, part: TextSpan, start: int, size: int, *, patch_symbols: np.ndarray, where: slice, ends: bool
@@ -345,7 +334,7 @@ class _Builder:
         self.spans += 1
         if self._is_asked(piece, span):
             target, bucket = self._what_comes(piece, span + 1)
-            self._ask(closing, targets=[target], rules=[OPEN], span_ends=[True], buckets=[bucket])
+            self._ask(closing.start, target, rule=OPEN, span_end=True, bucket=bucket)
 
     def _copy(self, part: MediaSpan, clock: np.ndarray, rows: int, *, kind: Kind) -> slice:
         where = self._take(rows, kind)
@@ -370,21 +359,16 @@ class _Builder:
         return (0, -1) if isinstance(part, TextSpan) else (self.index[part.modality], part.bucket)
 
     def _ask(
-        self,
-        where: slice,
-        *,
-        targets: Sequence[int] | np.ndarray,
-        rules: Sequence[int] | np.ndarray,
-        span_ends: Sequence[bool] | np.ndarray,
-        buckets: Sequence[int] | np.ndarray,
+        self, at: int, target: int, *, rule: int, span_end: bool = False, bucket: int = -1, count: int = 1
     ) -> None:
-        slots = self._slots(where)
-        self.route.slots.append(slots)
-        self.route.targets.append(np.asarray(targets, np.int64))
-        self.route.rules.append(np.asarray(rules, np.int64))
-        self.route.span_ends.append(np.asarray(span_ends, bool))
-        self.route.buckets.append(np.asarray(buckets, np.int64))
-        self.route.documents.append(np.full(len(slots), self.number, np.int64))
+        """`count` equal questions from position `at` of the row on."""
+        route, count = self.route, max(count, 0)
+        route.slots.extend(range(self._slot(at), self._slot(at) + count))
+        route.targets.extend([target] * count)
+        route.rules.extend([rule] * count)
+        route.span_ends.extend([span_end] * count)
+        route.buckets.extend([bucket] * count)
+        route.documents.extend([self.number] * count)
 
     def _take(self, count: int, kind: Kind) -> slice:
         where = slice(self.at, self.at + count)
@@ -459,12 +443,12 @@ class _Builder:
         legal[AFTER_TEXT, 0] = False
         legal[:, -1] = self.model.router.recurrent
         return RouterUnits(
-            slot_R=_joined(route.slots),
-            target_R=_joined(route.targets),
-            legal_RM=torch.from_numpy(legal)[_joined(route.rules)],
-            span_end_R=_joined(route.span_ends, dtype=torch.bool),
-            bucket_R=_joined(route.buckets),
-            document_R=_joined(route.documents),
+            slot_R=torch.tensor(route.slots, dtype=torch.int64),
+            target_R=torch.tensor(route.targets, dtype=torch.int64),
+            legal_RM=torch.from_numpy(legal[np.asarray(route.rules, np.int64)]),
+            span_end_R=torch.tensor(route.span_ends, dtype=torch.bool),
+            bucket_R=torch.tensor(route.buckets, dtype=torch.int64),
+            document_R=torch.tensor(route.documents, dtype=torch.int64),
         )
 
 
@@ -486,8 +470,8 @@ def _text_parcel(text: _Text) -> TextUnits:
     )
 
 
-def _joined(arrays: list[np.ndarray], *, dtype: torch.dtype = torch.int64) -> Tensor:
-    return torch.from_numpy(np.concatenate(arrays)).to(dtype) if arrays else torch.zeros(0, dtype=dtype)
+def _joined(arrays: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(arrays)).long() if arrays else torch.zeros(0, dtype=torch.int64)
 
 
 def _runs(firsts: list[tuple[int, int]], sizes: list[int]) -> tuple[Tensor, Tensor]:

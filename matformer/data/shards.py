@@ -20,6 +20,7 @@ from matformer.errors import DataError
 
 FORMAT = "matformer-shards-1"
 MANIFEST = "manifest.json"
+_HEADERS_IN_MEMORY = 256
 
 
 class Member(NamedTuple):
@@ -118,6 +119,7 @@ class ShardReader:
         self._maps: dict[int, mmap.mmap] = {}
         self._samples: list[tuple[int, str, dict[str, Member]]] = []
         self._checked: set[tuple[int, str]] = set()
+        self._headers: dict[bytes, tuple[np.dtype, tuple[int, ...], int]] = {}
         for number, shard in enumerate(self.manifest["shards"]):
             for sample in self._read_index(shard):
                 members = {name: Member(*where) for name, where in sample["members"].items()}
@@ -157,6 +159,14 @@ class ShardReader:
         return self._array_header(self._raw(i, name), i=i, name=name)[1][0]
 
     def _array_header(self, data: memoryview, *, i: int, name: str) -> tuple[np.dtype, tuple[int, ...], int]:
+        start = bytes(data[: 10 + int.from_bytes(data[8:10], "little")])  # version 1.0: magic, version, length, header
+        if start not in self._headers:  # numpy parses a header as Python source: slow, and most are equal
+            self._headers[start] = self._parse_header(data, i=i, name=name)
+            if len(self._headers) > _HEADERS_IN_MEMORY:
+                self._headers.pop(next(iter(self._headers)))
+        return self._headers[start]
+
+    def _parse_header(self, data: memoryview, *, i: int, name: str) -> tuple[np.dtype, tuple[int, ...], int]:
         head = io.BytesIO(data[:4096])
         try:
             version = np.lib.format.read_magic(head)

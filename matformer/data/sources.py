@@ -20,7 +20,7 @@ from matformer.errors import DataError
 from matformer.parallel.seeds import Permutation, generator
 
 Role = Literal["generate", "given"]
-_BLOCKS_IN_MEMORY = 64
+_BLOCKS_IN_MEMORY = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ class TextSource(Source):
         counts = [self.reader.array_length(i, "docs.npy") - 1 for i in range(len(self.reader))]
         self._first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         self._stored = self.reader.manifest.get("patcher") == self.patcher.identity()
-        self._ends: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._starts: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -147,10 +147,8 @@ class TextSource(Source):
             raise DataError(f"a document must hold text, got none in {key}; prepare the data again")
         if not self._stored:
             return Document(key, (text_span(data, self.patcher),))
-        # a document of n bytes has n + 1 symbols, hence the document's number beside its bytes
-        ends = self._patch_ends(block)
-        start, end = np.searchsorted(ends, (first + number, last + number + 1), side="left")
-        lengths = np.diff(ends[start : end + 1]).astype(np.int32)
+        start, end = self._patch_starts(block)[number : number + 2]
+        lengths = self.reader.array(block, "patches.npy")[start:end]
         if lengths.sum() != len(data) + 1:
             raise DataError(
                 f"patch lengths of {key} must sum to {len(data) + 1}, got {lengths.sum()}; prepare it again"
@@ -166,13 +164,17 @@ class TextSource(Source):
         block = int(np.searchsorted(self._first, index, side="right")) - 1
         return block, index - int(self._first[block])
 
-    def _patch_ends(self, block: int) -> np.ndarray:
-        if block not in self._ends:
-            lengths = self.reader.array(block, "patches.npy")
-            self._ends[block] = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-            if len(self._ends) > _BLOCKS_IN_MEMORY:
-                self._ends.popitem(last=False)
-        return self._ends[block]
+    def _patch_starts(self, block: int) -> np.ndarray:
+        """Which patch of the block each document begins with, and the number of patches."""
+        if block not in self._starts:
+            ends = np.cumsum(self.reader.array(block, "patches.npy"), dtype=np.int64)
+            docs = self.reader.array(block, "docs.npy")
+            # a document of n bytes has n + 1 symbols, hence its number beside its bytes
+            symbols = docs + np.arange(len(docs))
+            self._starts[block] = np.searchsorted(ends, symbols, side="right")
+            if len(self._starts) > _BLOCKS_IN_MEMORY:
+                self._starts.popitem(last=False)
+        return self._starts[block]
 
 
 class MediaSource(Source):
@@ -266,10 +268,13 @@ class Stream:
         self.seed = seed
         self.lane = lane
         self.lanes = lanes
+        self._epoch, self._order = 0, Permutation(len(source), seed, source.name, 0)
 
     def document(self, place: int) -> Document:
         """Document at `place`. Raises DataError as Source.document."""
         epoch, number = divmod(place * self.lanes + self.lane, len(self.source))
         name = self.source.name
-        index = Permutation(len(self.source), self.seed, name, epoch)[number]
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, Permutation(len(self.source), self.seed, name, epoch)
+        index = self._order[number]
         return self.source.document(index, draws=generator(self.seed, "template", name, epoch, index))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 import numpy as np
 
@@ -12,8 +13,7 @@ _ROUNDS = 6
 
 def digest(seed: int, *keys: int | str) -> bytes:
     """32 bytes that differ wherever a key does (an int and its decimal string count as different keys)."""
-    text = "\x00".join(f"{'i' if isinstance(key, int) else 's'}{len(str(key))}:{key}" for key in (seed, *keys))
-    return hashlib.blake2b(text.encode(), digest_size=32).digest()
+    return hashlib.blake2b(json.dumps((seed, *keys)).encode(), digest_size=32).digest()
 
 
 def generator(seed: int, *keys: int | str) -> np.random.Generator:

@@ -178,7 +178,7 @@ def test_documents_of_a_lane_come_through_whole_and_in_order(root: Path) -> None
     only_text = {"text": SOURCES["text"]}
     loader = Loader(config(root, sources=only_text, lanes=4), prefetch=False)
     joined: dict[str, list[int]] = {}
-    for step in range(3):  # less than an epoch: every key once
+    for step in range(2):  # less than an epoch: every key once
         for batch in loader.next_global_batch(step):
             for symbol, number in zip(batch.text.symbol_U.tolist(), batch.text.document_U.tolist(), strict=True):
                 joined.setdefault(batch.document_keys[number], []).append(symbol)
@@ -189,7 +189,7 @@ def test_documents_of_a_lane_come_through_whole_and_in_order(root: Path) -> None
         complete = symbols == expected
         assert complete or symbols == expected[: len(symbols)]
         whole += complete
-    assert whole >= 8
+    assert whole >= 6
 
 
 @pytest.mark.parametrize("prefetch", [False, True])

@@ -20,8 +20,8 @@ def test_keys_of_a_release_do_not_drift() -> None:
     assert [Permutation(5, 0, "frozen")[i] for i in range(5)] == FROZEN_ORDER
 
 
-FROZEN = [349317107, 420805542]
-FROZEN_ORDER = [4, 2, 0, 1, 3]
+FROZEN = [14473440, 522575821]
+FROZEN_ORDER = [2, 0, 3, 1, 4]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 10, 257, 1000])
