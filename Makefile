@@ -17,7 +17,7 @@ FITS := import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (
 .PHONY: env demo test check clean
 
 env:
-	@$(LOCK) $(MAKE) --no-print-directory $(STAMP)
+	@$(LOCK) $(MAKE) --silent --no-print-directory $(STAMP)
 
 # pip installs, in every case, because it is what the machine's owner has configured. deepspeed compiles nothing.
 $(STAMP): pyproject.toml Makefile
@@ -28,6 +28,7 @@ $(STAMP): pyproject.toml Makefile
 	elif [ -n "$$found" ]; then $$found -m venv --clear .venv; \
 	elif command -v uv >/dev/null; then uv venv --clear --seed --python 3.11 .venv; \
 	else echo "Python 3.11 or 3.12 with its venv module must be on PATH, got neither; install one, or uv" >&2; exit 2; fi
+	@echo "setting up .venv: once, some minutes and up to some GB"
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[demo,dev]"
 	@touch $@

@@ -43,7 +43,7 @@ prepare_data() {
             "prepare it with data_prep, or change data.root" >&2
         exit 2
     fi
-    "$python" -m data_prep.demo --out "$root" --cache cache
+    "$python" -m data_prep.demo --out "$root" --cache "${MATFORMER_CACHE:-cache}"
 }
 
 plan --check
