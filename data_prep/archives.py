@@ -10,6 +10,7 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from matformer.errors import DataError
 
@@ -54,9 +55,7 @@ def _zip_members(path: Path, *, suffix: str | tuple[str, ...]) -> Iterator[tuple
                 yield name, archive.read(name)
 
 
-def _tar_members(
-    file: io.BufferedIOBase | io.BufferedReader, *, suffix: str | tuple[str, ...]
-) -> Iterator[tuple[str, bytes]]:
+def _tar_members(file: BinaryIO, *, suffix: str | tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
     with tarfile.open(fileobj=file) as archive:
         for member in archive:
             if member.isfile() and member.name.endswith(suffix):

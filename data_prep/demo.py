@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +158,7 @@ def _building(out: Path) -> Iterator[Path | None]:
             return
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise DataError(
-                f"{out} must be empty, missing or a complete demo, got something else (or an older layout); delete it or "
+                f"{out} must be empty, missing or a complete demo, got something else or an older layout; delete it or "
                 "choose another folder with --out and data.root"
             )
         partial = out.parent / f".{out.name}.partial"
@@ -177,18 +178,20 @@ def _real_material(cache: Path, *, stages: Stages) -> Material:
     with stages.stage("pictures"):
         pictures = all_pictures(files)
     with stages.stage("speech"):
-        sounds = [*all_prompts(files), *spoken_names(pictures)]
+        with ThreadPoolExecutor(2) as pool:  # decoder and synthesiser work outside the interpreter's lock
+            parts = [pool.submit(lambda: list(all_prompts(files))), pool.submit(lambda: list(spoken_names(pictures)))]
+        sounds = [sound for part in parts for sound in part.result()]
     return Material(
         kind="demo",
         documents=documents,
         pictures=pictures,
         sounds=sounds,
-        sources=_provenance(files),
+        sources=_provenance(files, sounds=sounds),
         missing=[package.spec for package in PACKAGES if package.spec not in files],
     )
 
 
-def _provenance(files: dict[str, Path]) -> list[dict[str, Any]]:
+def _provenance(files: dict[str, Path], *, sounds: list[Sound]) -> list[dict[str, Any]]:
     downloaded = [
         {
             "spec": package.spec,
@@ -212,7 +215,8 @@ def _provenance(files: dict[str, Path]) -> list[dict[str, Any]]:
         "licence": "GPL-3.0 (the synthesiser; the sound it makes is free of it)",
         "attribution": "eSpeak NG",
     }
-    return [*downloaded, python, espeak]
+    spoken = any(sound.source == espeak["spec"] for sound in sounds)
+    return [*downloaded, python, *([espeak] if spoken else [])]
 
 
 def _build(material: Material, *, folder: Path, stages: Stages) -> None:
@@ -271,9 +275,8 @@ def _latents(
         "sample_rate": autoencoder.sample_rate,
         "heldout_quality": quality,
     }
-    return Latents(
-        modality, coded=coded, manifest={"latents": fit_normalisation(train).manifest(), "autoencoder": identity}
-    )
+    manifest = {"latents": fit_normalisation(train).manifest(), "autoencoder": identity}
+    return Latents(modality, coded=coded, manifest=manifest)
 
 
 def _write_text(material: Material, *, folder: Path) -> dict[str, Any]:
@@ -337,23 +340,19 @@ def summary(out: Path) -> Table:
     """What a finished data set holds, as a table."""
     report = json.loads((out / COMPLETE).read_bytes())
     table = Table("data set", "train", "heldout", "quality", title=f"{out} ({report['kind']})", title_justify="left")
-    text = {
-        side: f"{part['text_bytes'] / 1e6:.2f} MB, {part['documents']} documents"
-        for side, part in report["text"].items()
-    }
-    table.add_row(
-        "text", text["train"], text["heldout"], f"{len(report['text']['train']['text_bytes_by_language'])} languages"
-    )
+    sides = ("train", "heldout")
+    text = [report["text"][side] for side in sides]
+    cells = [f"{part['text_bytes'] / 1e6:.2f} MB, {part['documents']} documents" for part in text]
+    table.add_row("text", *cells, f"{len(text[0]['text_bytes_by_language'])} languages")
     for name in ("images", "speech"):
         parts = report[name]
-        cells = [f"{parts[side]['samples']} samples" + _hours(parts[side]) for side in ("train", "heldout")]
+        cells = [f"{parts[side]['samples']} samples" + _hours(parts[side]) for side in sides]
         quality = ", ".join(f"{key} {value:.2f}" for key, value in parts["autoencoder"]["heldout_quality"].items())
         table.add_row(name, *cells, quality)
-    albums = [
-        f"{report['albums'][side]['samples']} albums, {report['albums'][side]['pictures']} pictures" for side in text
-    ]
-    table.add_row("albums", *albums, "")
-    table.add_row("on disk", f"{report['prepared_bytes'] / 1e6:.0f} MB", f"{sum(report['seconds'].values()):.0f} s", "")
+    albums = [report["albums"][side] for side in sides]
+    table.add_row("albums", *(f"{part['samples']} albums, {part['pictures']} pictures" for part in albums), "")
+    seconds = sum(report["seconds"].values())
+    table.add_row("on disk", f"{report['prepared_bytes'] / 1e6:.0f} MB", "", f"{seconds:.0f} s to prepare")
     table.add_row("missing", ", ".join(report["missing"]) or "nothing", "", "")
     return table
 

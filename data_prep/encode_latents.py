@@ -1,4 +1,4 @@
-"""Pictures and sounds -> latents, float16 and un-normalised; what they need to be normalised; what coding them costs."""
+"""Pictures and sounds -> latents (float16, un-normalised), their statistics, and what coding costs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHUNK = 512
 class Coded:
     """A sample's latent. length: cells that are not padding."""
 
-    moments: Float[np.ndarray, C * grid]
+    moments: Float[np.ndarray, "C ..."]
     length: int
 
     @property
@@ -84,7 +84,7 @@ def encode_pictures(pictures: Sequence[Picture], *, autoencoder: PatchPCA) -> di
 
 
 def encode_sounds(sounds: Iterable[Sound], *, autoencoder: MDCTPCA) -> dict[str, Coded]:
-    """Key -> latent [C, T], T rounded up to a bucket with encoded silence; what is longer than the largest is left out."""
+    """Key -> latent [C, T], T rounded up to a bucket with encoded silence; what is longer than all is left out."""
     coded = {}
     for sound in sounds:
         length = autoencoder.num_cells(len(sound.wave))
@@ -124,7 +124,7 @@ def picture_quality(pictures: Sequence[Picture], *, coded: dict[str, Coded], aut
 
 
 def sound_quality(sounds: Sequence[Sound], *, coded: dict[str, Coded], autoencoder: MDCTPCA) -> dict[str, float]:
-    """Mean over sounds of the signal-to-noise ratio in dB, and that of all samples together, from the stored latents."""
+    """Signal-to-noise ratio in dB from the stored latents: mean over sounds, and of all their samples together."""
     ratios, signal, noise = [], 0.0, 0.0
     for sound in sounds:
         if sound.key in coded:

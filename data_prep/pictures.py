@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from fontTools.ttLib import TTFont
 from jaxtyping import UInt8
 from PIL import Image
 
 from data_prep.archives import can_open, members
 from data_prep.records import Picture
+
+log = logging.getLogger(__name__)
 
 SIDE = 64
 VARIATION, JOINER = "FE0F", "200D"
@@ -34,7 +37,12 @@ GENDERED = {
     # prince, princess -> person with crown; man dancing -> woman dancing
     **dict.fromkeys(("1F934", "1F478"), "1FAC5"),
     "1F57A": "1F483",
+    # pregnant woman, man -> person
+    **dict.fromkeys(("1F930", "1FAC3"), "1FAC4"),
 }
+if TYPE_CHECKING:
+    from fontTools.ttLib import TTFont
+
 Encoded = tuple[str, bytes]
 
 
@@ -115,9 +123,14 @@ def _files_of(path: Path, *, suffix: str) -> Iterator[Encoded]:
 
 def _glyphs_of(path: Path) -> Iterator[Encoded]:
     """PNGs inside the font, named by the code points that its ligatures spell."""
+    try:
+        from fontTools.ttLib import TTFont  # noqa: PLC0415  an optional part: the demo goes on without it
+    except ImportError:
+        log.info("fonttools is not installed here: doing without %s", path.name)
+        return
     for _, data in members(path, suffix="NotoColorEmoji.ttf"):
         font = TTFont(io.BytesIO(data))
-        character = {glyph: code for code, glyph in font.getBestCmap().items()}
+        character = {glyph: code for code, glyph in (font.getBestCmap() or {}).items()}
         ligatures = _ligatures(font)
 
         def spell(glyph: str, *, character: dict = character, ligatures: dict = ligatures) -> list[int]:

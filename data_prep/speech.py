@@ -6,6 +6,7 @@ import ctypes
 import gzip
 import io
 import logging
+import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ log = logging.getLogger(__name__)
 SAMPLE_RATE = 8000
 LOUDNESS = 0.08
 PEAK = 0.99
+SILENCE = 0.002
+FFT_BLOCK = 16
 SYNCHRONOUS = 2  # eSpeak hands the samples to a callback before its call returns
 DIRECTION = re.compile(r"\s*\[[^\]]*\]\s*")
 VOICES = {
@@ -50,9 +53,17 @@ def levelled(wave: Float[np.ndarray, " samples"]) -> Float[np.ndarray, " samples
 
 def resampled(wave: Float[np.ndarray, " n"], *, rate: int) -> Float[np.ndarray, " m"]:
     """To 8 kHz from a higher rate, by cutting the spectrum at 4 kHz."""
-    length = len(wave) * SAMPLE_RATE // rate
-    spectrum = np.fft.rfft(wave)[: length // 2 + 1]
-    return np.fft.irfft(spectrum, length) * (length / len(wave))
+    step = math.gcd(rate, SAMPLE_RATE)
+    down, up = rate // step, SAMPLE_RATE // step
+    blocks = -(-len(wave) // (down * FFT_BLOCK)) * FFT_BLOCK  # lengths without large prime factors: 100 times faster
+    spectrum = np.fft.rfft(wave, blocks * down)[: blocks * up // 2 + 1]
+    return np.fft.irfft(spectrum, blocks * up)[: len(wave) * up // down] * (up / down)
+
+
+def trimmed(wave: Float[np.ndarray, " n"]) -> Float[np.ndarray, " m"]:
+    """Without the silence at either end; empty if there is nothing else."""
+    loud = np.flatnonzero(np.abs(wave) > SILENCE)
+    return wave[loud[0] : loud[-1] + 1] if len(loud) else wave[:0]
 
 
 def all_prompts(files: dict[str, Path]) -> Iterator[Sound]:
@@ -66,14 +77,18 @@ def all_prompts(files: dict[str, Path]) -> Iterator[Sound]:
 
 def prompts(words: Path, *, sounds: Path, language: str) -> Iterator[Sound]:
     """One language's prompts; the same name in another language is the same concept."""
-    (transcript,) = (gzip.decompress(data) for _, data in members(words, suffix=f"/core-sounds-{language}.txt.gz"))
-    texts = _transcript(transcript.decode("utf-8-sig"))
+    texts: dict[str, str] = {}
+    for _, data in members(words, suffix=f"/core-sounds-{language}.txt.gz"):
+        texts |= _transcript(gzip.decompress(data).decode("utf-8-sig"))
     for path, data in members(sounds, suffix=".gsm"):
         voice, name = path.split("/sounds/", 1)[1].removesuffix(".gsm").split("/", 1)
         if texts.get(name):
             wave, _ = soundfile.read(
                 io.BytesIO(data), format="RAW", subtype="GSM610", channels=1, samplerate=SAMPLE_RATE, dtype="float32"
             )
+            wave = trimmed(wave)
+            if not len(wave):
+                continue
             yield Sound(
                 key=f"asterisk-{language}-{re.sub('[^A-Za-z0-9-]', '_', name)}",
                 concept=f"prompt:{name}",
@@ -97,7 +112,7 @@ def spoken_names(pictures: Iterable[Picture]) -> Iterator[Sound]:
     for picture, language in _to_be_spoken(pictures):
         second = bool(number_of(picture.concept + language) % 2)
         voice = VOICES[language] + ("+f3" if second else "")
-        wave = synthesiser.speak(picture.texts[language], voice=voice)
+        wave = trimmed(synthesiser.speak(picture.texts[language], voice=voice))
         if len(wave):
             yield Sound(
                 key=f"spoken-{language}-{picture.concept.lower()}",
@@ -151,6 +166,7 @@ class _Synthesiser:
     def speak(self, text: str, *, voice: str) -> Float[np.ndarray, " samples"]:
         """The words at full scale 1 and `sample_rate`; empty where the voice has no sound for them."""
         self._chunks.clear()
+        self._library.espeak_ng_SetRandSeed(ctypes.c_long(0))  # else its breath noise depends on who else draws numbers
         self._library.espeak_SetVoiceByName(voice.encode())
         data = text.encode() + b"\0"
         self._library.espeak_Synth(data, ctypes.c_size_t(len(data)), 0, 1, 0, 1, None, None)  # 1, 1: characters, UTF-8

@@ -65,7 +65,7 @@ class MDCTPCA(Autoencoder):
         self.register_buffer("matrix", mdct_matrix(hop), persistent=False)
 
     @classmethod
-    def fit(cls, waves: list[Float[Tensor, " samples"]], *, hop: int, channels: int, sample_rate: int) -> MDCTPCA:
+    def fit(cls, waves: list[Float[Tensor, " _"]], *, hop: int, channels: int, sample_rate: int) -> MDCTPCA:
         """The best linear code of these sounds' MDCT frames, by their second moment in float64."""
         autoencoder = cls(hop=hop, channels=channels, sample_rate=sample_rate)
         square = torch.zeros(hop, hop, dtype=torch.float64)

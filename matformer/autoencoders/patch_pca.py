@@ -59,7 +59,8 @@ class PatchPCA(Autoencoder):
         """Deterministic. Raises DataError unless height and width are multiples of the factor."""
         if media.shape[2] % self.factor or media.shape[3] % self.factor:
             raise DataError(
-                f"height and width must be multiples of {self.factor}, got {tuple(media.shape[2:])}; resize the pictures"
+                f"height and width must be multiples of {self.factor}, got {tuple(media.shape[2:])}; "
+                "resize the pictures"
             )
         patches = functional.pixel_unshuffle(media, self.factor) - self.mean[:, None, None]
         return Moments(mean=torch.einsum("bnyx,cn->bcyx", patches, self.axes))
