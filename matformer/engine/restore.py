@@ -44,7 +44,7 @@ def run_config(run_folder: Path) -> RunConfig:
     """The resolved config that a run folder holds. Raises ConfigError if it is not a run folder."""
     file = RunFolder(Path(run_folder), State.RESUME).config_file
     if not file.is_file():
-        raise ConfigError(f"a run must be a folder that holds config.yaml, got {run_folder}; name one such as runs/demo")
+        raise ConfigError(f"a run must be a folder with a config.yaml, got {run_folder}; name one such as runs/demo")
     return load_run(file)
 
 
