@@ -89,7 +89,8 @@ run_on_nodes() {
     fi
     # srun does not take over by itself what sbatch was asked for.
     if [[ -n "${SLURM_CPUS_PER_TASK:-}" ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
-    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    first=${first%%$'\n'*}
     port=$((20000 + SLURM_JOB_ID % 20000))
     # shellcheck disable=SC2016  # SLURM_NODEID is known on each node alone
     srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 \
