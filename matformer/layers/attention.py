@@ -16,11 +16,12 @@ Rotary = tuple[Float[Tensor, "..."], Float[Tensor, "..."]]
 def rotary_tables(axes_X: Int[Tensor, "... X"], *, pairs: Sequence[int], bases: Sequence[float]) -> Rotary:
     """Cosine and sine of each position's angles: `[..., K/2]`, axis by axis, pairs[i] of them for axis i.
 
+    In float64, so that far positions turn by the right angle; `rotate` rounds the tables to its input's dtype.
     Frequencies of an axis fall geometrically from 1 to about 1/base. Source: RoFormer, section 3.2.2; one table an
     axis as in the multimodal rotary positions of Qwen2-VL, section 2.1.
     """
     angles = [
-        axes_X[..., i, None].float() * _frequencies(count, base, device=axes_X.device)
+        axes_X[..., i, None].double() * _frequencies(count, base, device=axes_X.device)
         for i, (count, base) in enumerate(zip(pairs, bases, strict=True))
     ]
     angle = torch.cat(angles, dim=-1)
@@ -28,7 +29,7 @@ def rotary_tables(axes_X: Int[Tensor, "... X"], *, pairs: Sequence[int], bases: 
 
 
 def _frequencies(count: int, base: float, *, device: torch.device) -> Float[Tensor, " pairs"]:
-    return base ** (-torch.arange(count, device=device, dtype=torch.float32) / max(count, 1))
+    return base ** (-torch.arange(count, device=device, dtype=torch.float64) / max(count, 1))
 
 
 def rotate(x: Float[Tensor, "... A K"], rotary: Rotary) -> Float[Tensor, "... A K"]:

@@ -1,11 +1,16 @@
-"""Sums over runs of rows. `index_select` and `index_add` rather than indexing: on CPU their order is fixed, so a
-run repeats bit for bit, while the backward of `x[index]` adds atomically in any order."""
+"""Sums over runs of rows.
+
+`index_select` and `index_add` rather than indexing: on CPU their order is fixed, so a run repeats bit for bit, while
+the backward of `x[index]` adds atomically in any order.
+"""
 
 from __future__ import annotations
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from matformer.layers.precision import at_least_float32
 
 
 def segment_sum(x_U: Float[Tensor, "U ..."], segment_U: Int[Tensor, " U"], *, num_segments: int) -> Tensor:
@@ -27,11 +32,11 @@ def segment_softmax_sum(
     num_segments: int,
 ) -> Float[Tensor, "segments ... K"]:
     """Softmax of the scores inside each segment, then the weighted sum of the values: attention without padding."""
-    score = score_U.float()
+    score = at_least_float32(score_U)
     top = score.detach().new_full((num_segments, *score.shape[1:]), -torch.inf)
     index = segment_U.view(-1, *[1] * (score.dim() - 1)).expand_as(score)
     top = top.scatter_reduce(0, index, score.detach(), "amax")
     weight = (score - top.index_select(0, segment_U)).exp()
     total = segment_sum(weight, segment_U, num_segments=num_segments)
-    summed = segment_sum((weight.unsqueeze(-1) * value_U.float()), segment_U, num_segments=num_segments)
+    summed = segment_sum(weight.unsqueeze(-1) * at_least_float32(value_U), segment_U, num_segments=num_segments)
     return (summed / total.clamp(min=1e-30).unsqueeze(-1)).to(value_U.dtype)

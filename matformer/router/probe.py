@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from matformer.layers.precision import at_least_float32
 from matformer.parcels import RouterUnits
 
 
@@ -24,8 +25,8 @@ class Router(nn.Module):
     ) -> tuple[Float[Tensor, "R M2"], dict[str, Float[Tensor, "R buckets"]]]:
         """Kind logits with illegal answers at -inf, and bucket logits by modality (in the config's order)."""
         asked_RH = latent_LH.index_select(0, units.slot_R)
-        kind = self.head(asked_RH).float().masked_fill(~units.legal_RM, -torch.inf)
-        return kind, {name: head(asked_RH).float() for name, head in self.bucket_head.items()}
+        kind = at_least_float32(self.head(asked_RH)).masked_fill(~units.legal_RM, -torch.inf)
+        return kind, {name: at_least_float32(head(asked_RH)) for name, head in self.bucket_head.items()}
 
 
 def chosen_bucket(units: RouterUnits, modality: int) -> tuple[Bool[Tensor, " R"], Int[Tensor, " R"]]:
