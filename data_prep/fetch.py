@@ -102,14 +102,14 @@ PACKAGES = (
             f"asterisk-core-sounds-{language}{suffix}",
             f"asterisk-core-sounds-{language}{suffix}_*.deb",
             "CC-BY-3.0" if language in ("it", "ru") else "CC-BY-SA-3.0",
-            f"Asterisk core sounds ({language}), voice {voice}, copyright Digium, Inc and contributors",
+            f"Asterisk core sounds ({language}), copyright {voice}",
         )
         for language, voice in (
             ("en", "Allison Smith"),
             ("es", "Allison Smith"),
             ("fr", "June Wallack"),
-            ("it", "Carlo"),
-            ("ru", "IvrvoiceRU"),
+            ("it", "Carlo Flora"),
+            ("ru", "IvrvoiceRU (Maxim)"),
         )
         for suffix in ("", "-gsm")
     ),
