@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from matformer.config.schema import RunConfig
+from matformer.errors import CheckpointError
 from matformer.layers.attention import AttoView
 from matformer.parallel.groups import Groups
 from matformer.parcels import Batch
@@ -97,6 +98,18 @@ class Host(ABC):
     @abstractmethod
     def scatter_stored(self, read: Reader, key: str) -> dict[str, Tensor]:
         """The inverse: what this rank stores of the global tensors `key/NAME`, by the names of `local_weights`."""
+
+
+def read_shaped(read: Reader, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Tensor]:
+    """Global tensors of these shapes. Raises CheckpointError naming the first that has another."""
+    found = read(list(shapes))
+    for key, shape in shapes.items():
+        if tuple(found[key].shape) != shape:
+            raise CheckpointError(
+                f"{key} must have shape {list(shape)}, the checkpoint holds {list(found[key].shape)}: it belongs to "
+                "another model; change model.* back or choose another name"
+            )
+    return found
 
 
 def build_optimizer(parameters: list[dict[str, object]], config: RunConfig) -> torch.optim.Optimizer:

@@ -20,6 +20,7 @@ from matformer.hosts.base import (
     Trunk,
     build_optimizer,
     parameter_groups,
+    read_shaped,
 )
 from matformer.hosts.layout import Layout, layouts, shape_of, to_global, to_local
 from matformer.hosts.megatron import MegatronTrunk, ModelParallelUnit, build_groups, run_schedule
@@ -128,7 +129,8 @@ class MegatronHost(Host):
 
     def _read_local(self, read: Reader, key: str, name: str) -> Tensor:
         layout = self.layouts[name]
-        found = read([f"{key}/{piece.name}" for piece in layout.pieces])
+        shapes = {f"{key}/{piece.name}": piece.global_shape(self.groups.tp_size) for piece in layout.pieces}
+        found = read_shaped(read, shapes)
         return to_local({piece.name: found[f"{key}/{piece.name}"] for piece in layout.pieces}, layout, groups=self.groups)
 
     @torch.no_grad()

@@ -20,6 +20,7 @@ from matformer.hosts.base import (
     Trunk,
     build_optimizer,
     parameter_groups,
+    read_shaped,
 )
 from matformer.layers.attention import AttoView, atto_attention
 from matformer.layers.feed_forward import SwiGLU
@@ -136,10 +137,11 @@ class PlainHost(Host):
     def load(self, read: Reader, *, step: int) -> None:
         self.steps = step
         for name, parameter in self.model.named_parameters():
-            parameter.copy_(read([f"weights/{name}"])[f"weights/{name}"])
+            shape = tuple(parameter.shape)
+            parameter.copy_(read_shaped(read, {f"weights/{name}": shape})[f"weights/{name}"])
             if step and self.config.train.optimizer == "adamw":
                 keys = [f"{moment}/{name}" for moment in MOMENTS]
-                values = read(keys)
+                values = read_shaped(read, dict.fromkeys(keys, shape))
                 state = {moment: values[key].clone() for moment, key in zip(MOMENTS, keys, strict=True)}
                 self.optimizer.state[parameter] = {"step": torch.tensor(float(step)), **state}
 
@@ -151,7 +153,9 @@ class PlainHost(Host):
         return dict(stored)
 
     def scatter_stored(self, read: Reader, key: str) -> dict[str, Tensor]:
-        return {name: read([f"{key}/{name}"])[f"{key}/{name}"].clone() for name, _ in self.local_weights()}
+        shapes = {f"{key}/{name}": tuple(weight.shape) for name, weight in self.local_weights()}
+        found = read_shaped(read, shapes)
+        return {name: found[f"{key}/{name}"].clone() for name, _ in self.local_weights()}
 
 
 @torch.no_grad()

@@ -1,0 +1,162 @@
+"""The training loop: batches in, steps done, numbers shown, checkpoints kept."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from matformer.checkpoint.store import Checkpoint, newest_good, save
+from matformer.config.schema import RunConfig
+from matformer.data.loader import Loader, merge_states
+from matformer.engine.average import Average
+from matformer.engine.step import StepNumbers, metrics_row, optimizer_step
+from matformer.hosts.base import Host
+from matformer.hosts.plain import PlainHost
+from matformer.model import Matformer
+from matformer.observe.meters import Throughput
+from matformer.observe.sinks import Sink
+from matformer.parallel.groups import Groups
+
+log = logging.getLogger(__name__)
+
+
+def build_host(config: RunConfig) -> Host:
+    """The host of the config; the real one is imported only where it is asked for."""
+    if config.parallel.host == "plain":
+        return PlainHost(config)
+    from matformer.hosts.hosted import MegatronHost
+
+    return MegatronHost(config)
+
+
+def build_model(host: Host, config: RunConfig) -> Matformer:
+    """This rank's stage, its weights drawn, inside its host."""
+    groups = host.groups
+    model = Matformer(config.model, trunk=host.build_trunk(), is_first=groups.is_first, is_last=groups.is_last)
+    host.prepare(model)
+    return model
+
+
+@dataclass
+class Run:
+    """All that moves during training, on one rank."""
+
+    config: RunConfig
+    host: Host
+    loader: Loader
+    average: Average
+    checkpoints: Path
+    sinks: Sequence[Sink] = ()
+    throughput: Throughput = field(default_factory=Throughput)
+    step: int = 0
+    saved_step: int = -1
+
+    def resume(self) -> bool:
+        """Take the newest good checkpoint, if there is one. Collective."""
+        path = agreed(newest_good(self.checkpoints) if self.host.groups.rank == 0 else None, self.host.groups)
+        if path is None:
+            return False
+        checkpoint = Checkpoint(path)
+        state = checkpoint.state
+        self.host.load(checkpoint.read, step=state["optimizer_step"])
+        self.average.load(checkpoint.read)
+        self.loader.load_state(state["loader"])
+        self.throughput.load_state(state["throughput"])
+        self.step = self.saved_step = state["step"]
+        return True
+
+    def save(self) -> None:
+        """Write a checkpoint of the steps done so far. Collective."""
+        if self.saved_step == self.step:
+            return
+        training = self.host.state()
+        tensors = {f"weights/{name}": value for name, value in training.weights.items()}
+        tensors |= {f"{key}/{name}": value for key, part in training.moments.items() for name, value in part.items()}
+        tensors |= {f"ema/{name}": value for name, value in self.average.state().items()}
+        state = {
+            "step": self.step,
+            "optimizer_step": training.step,
+            "loader": merge_states(everybody(self.loader.state(), self.host.groups)),
+            "throughput": self.throughput.state(),
+        }
+        save(self.checkpoints, self.step, tensors=tensors, state=state, keep=self.config.run.keep_checkpoints)
+        self.saved_step = self.step
+
+    def show(self, row: dict[str, float]) -> None:
+        """Hand a row to whoever shows or keeps it."""
+        for sink in self.sinks:
+            sink.update(self.step, row)
+
+
+def agreed(value: Any, groups: Groups) -> Any:  # noqa: ANN401 - any picklable value
+    """Rank 0's value on every rank. Collective."""
+    if groups.world == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def everybody(value: Any, groups: Groups) -> list[Any]:  # noqa: ANN401 - any picklable value
+    """Every rank's value, on every rank. Collective."""
+    if groups.world == 1:
+        return [value]
+    values: list[Any] = [None] * groups.world
+    dist.all_gather_object(values, value)
+    return values
+
+
+def train(run: Run, *, stopping: Callable[[], bool], evaluate: Callable[[Host], dict[str, float]]) -> bool:
+    """Steps until the last one or until some rank is asked to stop; saves at the end. True if finished. Collective."""
+    config = run.config
+    stopped = False
+    while run.step < config.train.steps and not stopped:
+        began = time.monotonic()
+        numbers = optimizer_step(
+            run.host, run.loader.next_global_batch(run.step), config=config, step=run.step, stop=stopping()
+        )
+        follow(run, numbers)
+        run.step += 1
+        report_step(run, numbers, seconds=time.monotonic() - began)
+        if due(run.step, config.eval.every_steps) or run.step == config.train.steps:
+            run.show(held_out(run, evaluate))
+        if due(run.step, config.run.save_every_steps):
+            run.save()
+        stopped = numbers.stop
+    run.save()
+    return run.step >= config.train.steps
+
+
+def held_out(run: Run, evaluate: Callable[[Host], dict[str, float]]) -> dict[str, float]:
+    """Held-out numbers of the weights (`heldout/...`) and of their average (`heldout_ema/...`). Collective."""
+    row = evaluate(run.host)
+    with run.average.swapped_in():
+        averaged = evaluate(run.host)
+    return row | {name.replace("heldout/", "heldout_ema/", 1): value for name, value in averaged.items()}
+
+
+def follow(run: Run, numbers: StepNumbers) -> None:
+    """What follows an optimizer step: the average, unless the step was skipped by all ranks together."""
+    if numbers.skipped:
+        log.warning("step %d was skipped: its gradient norm is not finite", run.step)
+    else:
+        run.average.update(run.step + 1)
+
+
+def report_step(run: Run, numbers: StepNumbers, *, seconds: float) -> None:
+    """One row of numbers."""
+    amounts = {"bytes": numbers.counts["bytes"], "latents": numbers.counts["latents"]}
+    row = metrics_row(numbers, run.config) | run.throughput.step(seconds, **amounts)
+    if run.step % run.config.run.log_every_steps == 0 or run.step == run.config.train.steps:
+        run.show(row)
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps happens after this one; 0 is never."""
+    return every > 0 and step % every == 0

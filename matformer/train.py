@@ -1,0 +1,179 @@
+"""The training door: `python -m matformer.train CONFIG [key=value ...]`, one process a rank."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import logging
+import os
+import platform
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import matformer
+from matformer.config.check import check
+from matformer.config.load import load_run
+from matformer.config.schema import RunConfig
+from matformer.data.loader import Loader
+from matformer.engine.average import Average
+from matformer.engine.evaluate import HeldOut
+from matformer.engine.finish import finish
+from matformer.engine.folder import RunFolder, State
+from matformer.engine.loop import Run, agreed, build_host, build_model, train
+from matformer.errors import MatformerError
+from matformer.observe.progress import ProgressLine
+from matformer.observe.sinks import MetricsFile, Sink, WandbSink
+
+log = logging.getLogger(__name__)
+
+STOPPED = 130  # what a shell shows for an interrupted program; the run goes on with the same command
+
+
+class Stop:
+    """Set by the first signal: the step in hand is finished and saved. A second Ctrl-C ends at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, _: object) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+        log.warning("%s: the step in hand is finished and saved, then the run stops", signal.Signals(number).name)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code: 0 finished, 130 stopped and saved, 2 the user's mistake, 3 ranks that do not agree."""
+    parser = argparse.ArgumentParser(prog="matformer.train", description=__doc__)
+    parser.add_argument("config", nargs="?", default="configs/run/demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    asked = parser.parse_args(arguments)
+    if "=" in asked.config:
+        asked.config, asked.overrides = "configs/run/demo.yaml", [asked.config, *asked.overrides]
+    rank = int(os.environ.get("RANK", "0"))
+    _log_to_stderr(rank)
+    try:
+        config = load_run(asked.config, asked.overrides)
+        check(config)
+        return _run(config, rank=rank)
+    except MatformerError as error:
+        log.error("%s", error)
+        return error.exit_code
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        log.error("the disk must have room for the run's files, got: %s; free space or change run.folder", error)
+        return 2
+
+
+def _run(config: RunConfig, *, rank: int) -> int:
+    folder = RunFolder.open(config) if rank == 0 else None
+    try:
+        if config.parallel.ranks == 1 and folder is not None and folder.state is State.FINISHED:
+            return _finished_already(folder)
+        _share_cores(config)
+        host = build_host(config)
+        state = agreed(folder.state if folder else None, host.groups)
+        if state is State.FINISHED:
+            return _finished_already(folder)
+        path = Path(config.run.folder, config.name)
+        done = _train(config, host=host, path=path, folder=folder)
+        _leave_world()
+        if not done:
+            log.info("saved; the same command goes on")
+            return STOPPED
+        if folder is not None:
+            if config.run.report:
+                finish(path)
+            folder.mark_finished()
+            log.info("finished: %s", folder.report_file if config.run.report else path)
+        return 0
+    finally:
+        if folder is not None:
+            folder.close()
+
+
+def _train(config: RunConfig, *, host, path: Path, folder: RunFolder | None) -> bool:  # noqa: ANN001
+    stop = Stop()
+    groups = host.groups
+    loader = Loader(config, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
+    model = build_model(host, config)
+    run = Run(config, host, loader, Average(host, decay=config.train.ema_decay), path / "checkpoints")
+    resumed = run.resume()
+    if folder is not None:
+        run.sinks = _sinks(config, folder, step=run.step)
+        _write_machine(path / "machine.json", config)
+        count = sum(p.numel() for p in model.parameters())
+        log.info("%s: %.2f M parameters on this rank, %d ranks", path, count / 1e6, groups.world)
+        log.info("goes on after step %d" if resumed else "begins at step %d", run.step)
+    try:
+        return train(run, stopping=lambda: stop.asked, evaluate=HeldOut(config))
+    finally:
+        loader.close()
+        for sink in run.sinks:
+            sink.close()
+
+
+def _sinks(config: RunConfig, folder: RunFolder, *, step: int) -> list[Sink]:
+    metrics = MetricsFile(folder.metrics_file)
+    metrics.truncate_after(step)
+    wandb = WandbSink(folder.path, name=config.name, config=config.model_dump(), mode=config.run.wandb)
+    return [metrics, wandb, ProgressLine(config.train.steps, first_step=step)]
+
+
+def _finished_already(folder: RunFolder | None) -> int:
+    if folder is not None:
+        log.info("%s is finished; see %s, or choose another name", folder.path, folder.report_file)
+    return 0
+
+
+def _share_cores(config: RunConfig) -> None:
+    """Each rank of this machine gets its share of the cores, unless the config says otherwise."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(config.parallel.threads or max(1, len(os.sched_getaffinity(0)) // local))
+
+
+def _write_machine(path: Path, config: RunConfig) -> None:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    facts = {
+        "host": platform.node(),
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": gpu,
+        "ranks": config.parallel.ranks,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "matformer": matformer.__version__,
+    }
+    path.write_text(json.dumps(facts, indent=1))
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _leave_world() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _log_to_stderr(rank: int) -> None:
+    mark = "" if rank == 0 else f"[rank {rank}] "
+    logging.basicConfig(level=logging.WARNING, format=f"{mark}%(message)s", stream=sys.stderr)
+    logging.getLogger("matformer").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
