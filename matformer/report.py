@@ -214,7 +214,7 @@ def learned(material: Material) -> str:
         "Held-out numbers beside what needs no model. A tick: better than the first rival by more than two standard "
         "errors of their difference, taken as independent."
     )
-    head = ("", "this model", "its average (EMA)", "rivals", "")
+    head = ("", "this model", "average (EMA)", "rivals", "")
     return page.section(title, page.table(head, rows, numbers=(1, 2)), lead=lead)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 MAX_POINTS = 400
 
@@ -26,6 +26,7 @@ _INKS = {
     "faint": "#010106",
     "muted": "#010107",
     "grid": "#010108",
+    "card": "#010109",
 }
 
 
@@ -56,7 +57,7 @@ def panel(
     """One set of axes as an <svg> element; `name` must be unique on its page."""
     rc: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 10}
     with matplotlib.rc_context(rc):
-        figure = Figure(figsize=(5.4, 3.1), layout="constrained")
+        figure = Figure(figsize=(4.7, 2.9), layout="constrained")
         axes = figure.add_subplot()
         for one in series:
             _draw(axes, one)
@@ -135,19 +136,33 @@ def _dress(axes: Axes, *, unit: str, legend: bool) -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color(grid)
-    axes.tick_params(colors=muted, length=0, labelsize=9)
+    axes.tick_params(which="both", colors=muted, length=0, labelsize=9)
     axes.grid(axis="y", color=grid, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     if axes.get_yscale() == "linear":
         axes.yaxis.set_major_locator(MaxNLocator(5))
-        if axes.get_ylim()[1] >= 10_000:
-            axes.yaxis.set_major_formatter(EngFormatter(sep=" "))
+    else:
+        axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5), numticks=12))
+        axes.yaxis.set_major_formatter(FuncFormatter(_tick))
+        axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("step", color=muted, fontsize=9)
     if unit:
         axes.set_ylabel(unit, color=muted, fontsize=9)
     if legend:
-        axes.legend(frameon=False, fontsize=8.5, labelcolor=muted, loc="best", handlelength=1.6)
+        axes.legend(
+            framealpha=0.85,
+            facecolor=_INKS["card"],
+            edgecolor="none",
+            fontsize=8.5,
+            labelcolor=muted,
+            loc="best",
+            handlelength=1.6,
+        )
+
+
+def _tick(value: float, _: int | None = None) -> str:
+    return f"{value / 1000:g} k" if value >= 1000 else f"{value:g}"
 
 
 def _as_element(svg: str, *, name: str) -> str:

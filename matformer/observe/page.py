@@ -63,7 +63,11 @@ details{margin-top:1rem}summary{cursor:pointer;color:var(--muted)}
 pre{font:.82rem/1.6 var(--mono);overflow-x:auto;
 background:var(--card);border:1px solid var(--grid);border-radius:10px;padding:1rem}
 footer{margin-top:4rem;color:var(--muted);font-size:.86rem}
-@media (max-width:560px){main{padding:2rem 1rem 3rem}h1{font-size:2rem}h2{margin-top:2.6rem}th,td{padding-right:.8rem}}
+@media (max-width:560px){main{padding:2rem 1rem 3rem}h1{font-size:2rem}h2{margin-top:2.6rem}th,td{padding-right:.8rem}
+.stack thead{display:none}.stack tr{display:block;padding:.7rem 0;border-bottom:1px solid var(--grid)}
+.stack td,.stack td.number{display:block;border:0;padding:.12rem 0;text-align:left;white-space:normal}
+.stack td[data-head],.stack td.number[data-head]{position:relative;padding-left:7em}
+.stack td[data-head]::before{content:attr(data-head);position:absolute;left:0;color:var(--muted);font-size:.8rem}}
 @media print{.card{break-inside:avoid}}
 """
 
@@ -104,16 +108,21 @@ def facts(pairs: Sequence[tuple[str, str]]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Sequence[int] = ()) -> str:
-    """A table of cells that are HTML already; columns `numbers` stand to the right."""
+    """A table of cells that are HTML already; columns `numbers` stand to the right.
+
+    One with a head becomes a list of rows on a narrow screen, each cell named by its column.
+    """
 
     def cell(tag: str, column: int, content: str) -> str:
-        return f"<{tag}{' class=number' if column in numbers else ''}>{content}</{tag}>"
+        label = f' data-head="{text(head[column])}"' if tag == "td" and head and head[column] else ""
+        return f"<{tag}{' class=number' if column in numbers else ''}{label}>{content}</{tag}>"
 
     def line(tag: str, cells: Sequence[str]) -> str:
         return "<tr>" + "".join(cell(tag, column, content) for column, content in enumerate(cells)) + "</tr>"
 
     top = f"<thead>{line('th', head)}</thead>" if head else ""
-    return f'<div class="scroll"><table>{top}<tbody>{"".join(line("td", row) for row in rows)}</tbody></table></div>'
+    inner = top + f"<tbody>{''.join(line('td', row) for row in rows)}</tbody>"
+    return f'<div class="scroll"><table{" class=stack" if head else ""}>{inner}</table></div>'
 
 
 def grid(cards: Iterable[str], *, cell: str = "300px") -> str:
