@@ -63,23 +63,21 @@ class Matformer(nn.Module):
     def embed(self, batch: Batch) -> Float[Tensor, "B S H"]:
         """Every Preludio's rows at their positions; padding is zero."""
         hidden_LH = self.start(batch.grid)
-        for name, units in self._units(batch):
-            rows, slots = self.preludi[name](units)
+        for name, preludio in self.preludi.items():
+            rows, slots = preludio(batch.text if name == "text" else batch.media[name])
             hidden_LH = hidden_LH.index_add(0, slots, rows)
         return hidden_LH.view(*batch.grid.kind_BS.shape, -1)
 
     def sums(self, latents_BSH: Float[Tensor, "B S H"], batch: Batch) -> Sums:
         """Losses (keys: modalities and "router") and what metrics need, each summed by document."""
         latent_LH = latents_BSH.flatten(0, 1)
-        sums: Sums = {}
-        for name, units in self._units(batch):
-            predicted = self.code[name](latent_LH, units)
-            if name == "text":
-                terms, document = symbol_nats(predicted, units.symbol_U), units.document_U
-            else:
-                span = units.span_N[units.noised_row_Q]
-                terms, document = squared_error(predicted, units), units.document_J[span]
-            sums[name] = segment_sum(terms, document, num_segments=batch.num_documents)
+        nats = symbol_nats(self.code["text"](latent_LH, batch.text), batch.text.symbol_U)
+        sums: Sums = {"text": segment_sum(nats, batch.text.document_U, num_segments=batch.num_documents)}
+        for name in self.model_config.media:
+            units = batch.media[name]
+            errors = squared_error(self.code[name](latent_LH, units), units)
+            document_Q = units.document_J[units.span_N[units.noised_row_Q]]
+            sums[name] = segment_sum(errors, document_Q, num_segments=batch.num_documents)
         return sums | self._routed(latent_LH, batch)
 
     def _routed(self, latent_LH: Float[Tensor, "L H"], batch: Batch) -> Sums:
@@ -101,7 +99,3 @@ class Matformer(nn.Module):
             name: segment_sum(terms, asked.document_R, num_segments=batch.num_documents)
             for name, terms in by_document.items()
         }
-
-    def _units(self, batch: Batch):  # noqa: ANN202
-        yield "text", batch.text
-        yield from ((name, batch.media[name]) for name in self.model_config.media)

@@ -21,9 +21,7 @@ def digest(path: Path) -> str:
 def write_manifest(folder: Path) -> None:
     """Name every file of the folder with size and digest."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    entries = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": digest(path)} for path in files
-    }
+    entries = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": digest(path)} for path in files}
     (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1))
 
 
@@ -32,7 +30,9 @@ def verify(folder: Path) -> None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {folder} has no readable {MANIFEST} ({error}); delete this folder") from error
+        raise CheckpointError(
+            f"checkpoint {folder} has no readable {MANIFEST} ({error}); delete this folder"
+        ) from error
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"checkpoint {folder} has format {manifest.get('format')}, this program reads {FORMAT}")
     for name, entry in manifest["files"].items():

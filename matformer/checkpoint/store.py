@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from matformer.checkpoint.manifest import STATE, verify, write_manifest
 from matformer.errors import CheckpointError
@@ -48,7 +50,9 @@ def save(folder: Path, step: int, *, tensors: Mapping[str, Tensor], state: Mappi
             writing.rename(final)
     except (OSError, CheckpointException) as error:
         shutil.rmtree(writing, ignore_errors=True)
-        raise CheckpointError(f"checkpoint {final} could not be written ({_reason(error)}); free space or change run.folder") from error
+        raise CheckpointError(
+            f"checkpoint {final} could not be written ({_reason(error)}); free space or change run.folder"
+        ) from error
     _barrier()
     if lead:
         for old in complete(folder)[:-keep]:
@@ -60,8 +64,8 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     owned = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a single process is a single process
-        writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        dcp.save(owned, storage_writer=writer, no_dist=not dist.is_initialized())
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        save_tensors(owned, storage_writer=writer, no_dist=not dist.is_initialized())
 
 
 def _check_room(folder: Path, needed: int) -> None:
@@ -102,7 +106,9 @@ def newest_good(folder: Path) -> Path | None:
             continue
         return path
     if candidates:
-        raise CheckpointError(f"none of the {len(candidates)} checkpoints in {folder} is whole; delete the folder to begin anew")
+        raise CheckpointError(
+            f"none of the {len(candidates)} checkpoints in {folder} is whole; delete the folder to begin anew"
+        )
     return None
 
 
@@ -112,7 +118,7 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.state: dict[str, Any] = json.loads((path / STATE).read_text())
-        metadata = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+        metadata = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
         self.shapes = {name: tuple(entry.size) for name, entry in metadata.items()}  # pyright: ignore
 
     def read(self, keys: Sequence[str]) -> dict[str, Tensor]:
@@ -126,7 +132,7 @@ class Checkpoint:
         tensors = {key: torch.empty(self.shapes[key]) for key in keys}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(self.path)), no_dist=True)
+            load(tensors, storage_reader=HuggingFaceStorageReader(str(self.path)), no_dist=True)
         return tensors
 
 

@@ -1,4 +1,4 @@
-"""What a run is: every key that a config may hold, with its unit. `load.py` fills it, `check.py` holds the rules between keys."""
+"""What a run is: every key of a config, with its unit. `load.py` fills it, `check.py` holds rules between keys."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class AttoConfig(Section):
     rotary_pairs: tuple[Natural, Natural, Natural, Natural] = Field(
         description="pairs of a head's K/2 given to document, t, y, x"
     )
-    rotary_base: float = Field(10_000.0, gt=1.0, description="of the document axis")
-    media_rotary_base: float = Field(100.0, gt=1.0, description="of the axes t, y, x")
-    norm_epsilon: float = Field(1e-5, gt=0.0)
+    rotary_base: float = Field(default=10_000.0, gt=1.0, description="of the document axis")
+    media_rotary_base: float = Field(default=100.0, gt=1.0, description="of the axes t, y, x")
+    norm_epsilon: float = Field(default=1e-5, gt=0.0)
 
 
 class TextConfig(Section):
@@ -42,7 +42,7 @@ class TextConfig(Section):
     ffn_width: Positive
     preludio_layers: Natural = Field(description="local causal layers before pooling")
     coda_layers: Positive
-    window: Positive = Field(64, description="W, symbols that a symbol may look back, itself included")
+    window: Positive = Field(default=64, description="W, symbols that a symbol may look back, itself included")
 
 
 class MediaConfig(Section):
@@ -53,7 +53,7 @@ class MediaConfig(Section):
     patch: Positive = Field(description="latent cells of a patch along each axis")
     buckets: tuple[tuple[Positive, ...], ...] = Field(description="shapes of the grid, in latent cells, ascending")
     coda_width: Positive = Field(description="inner width of the Coda's blocks")
-    coda_layers: Positive = Field(2, description="residual blocks of the Coda")
+    coda_layers: Positive = Field(default=2, description="residual blocks of the Coda")
     objective: Literal["flow"] = "flow"
     time_conditioning: Literal["add"] = "add"
 
@@ -61,7 +61,7 @@ class MediaConfig(Section):
 class RouterConfig(Section):
     """The probe that says what comes next."""
 
-    recurrent: bool = Field(False, description="whether the class `recurrent` may be answered")
+    recurrent: bool = Field(default=False, description="whether the class `recurrent` may be answered")
 
 
 class ModelConfig(Section):
@@ -83,8 +83,8 @@ class PatcherConfig(Section):
     """Where text patches begin."""
 
     kind: Literal["static", "space"] = "static"
-    patch_bytes: Positive = Field(4, description="symbols of a static patch")
-    max_patch_bytes: Positive = Field(16, description="longest patch of any patcher")
+    patch_bytes: Positive = Field(default=4, description="symbols of a static patch")
+    max_patch_bytes: Positive = Field(default=16, description="longest patch of any patcher")
 
 
 class SourceConfig(Section):
@@ -92,27 +92,29 @@ class SourceConfig(Section):
 
     path: str = Field(description="data set folder under data.root, holding the splits train/ and heldout/")
     form: Literal["text", "pairs", "documents"]
-    modality: str | None = Field(None, description="form pairs: the latent modality")
+    modality: str | None = Field(default=None, description="form pairs: the latent modality")
     weight: float = Field(gt=0.0, description="share of the mixture, in latents")
     generate_probability: Fraction = Field(
-        0.7, description="form pairs: chance of caption -> media; otherwise media -> caption"
+        default=0.7, description="form pairs: chance of caption -> media; otherwise media -> caption"
     )
-    main_language: str = Field("en", description="form pairs: the caption language drawn most")
-    main_language_probability: Fraction = Field(0.5, description="chance of the main language; else any of the others")
+    main_language: str = Field(default="en", description="form pairs: the caption language drawn most")
+    main_language_probability: Fraction = Field(default=0.5, description="chance of it; else any of the others")
 
 
 class DataConfig(Section):
     """What is read, and how it becomes sequences."""
 
     root: str = Field(description="folder of prepared data sets")
-    recipe: Literal["demo"] | None = Field(None, description="built-in recipe that prepares data.root when it is missing")
+    recipe: Literal["demo"] | None = Field(
+        None, description="built-in recipe that prepares data.root when it is missing"
+    )
     lanes: Positive = Field(description="independent streams; a multiple of train.global_batch")
     sequence_latents: Positive = Field(description="S, latents of a sequence")
     patcher: PatcherConfig = PatcherConfig()
     sources: dict[str, SourceConfig]
-    blind_probability: Fraction = Field(0.1, description="share of generated spans without their condition")
-    time_shift: float = Field(1.0, gt=0.0, description="s of t = s u / (1 + (s - 1) u)")
-    max_bad_samples: Natural = Field(16, description="damaged samples that are skipped before the run stops")
+    blind_probability: Fraction = Field(default=0.1, description="share of generated spans without their condition")
+    time_shift: float = Field(default=1.0, gt=0.0, description="s of t = s u / (1 + (s - 1) u)")
+    max_bad_samples: Natural = Field(default=16, description="damaged samples that are skipped before the run stops")
 
 
 class ParallelConfig(Section):
@@ -121,12 +123,12 @@ class ParallelConfig(Section):
     tp: Positive = 1
     pp: Positive = 1
     dp: Positive = 1
-    sequence_parallel: bool = Field(False, description="shard activations of the norms along the sequence (tp > 1)")
+    sequence_parallel: bool = Field(default=False, description="shard the norms along the sequence (tp > 1)")
     zero_stage: Literal[1, 2, 3] = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
-    host: Literal["megatron", "plain"] = Field("megatron", description="plain: one rank, no megatron, no DeepSpeed")
-    threads: Natural = Field(0, description="CPU threads a rank; 0 shares the cores out")
-    timeout_seconds: Positive = Field(600, description="limit of one collective")
+    host: Literal["megatron", "plain"] = Field(default="megatron", description="plain: one rank, torch alone")
+    threads: Natural = Field(default=0, description="CPU threads a rank; 0 shares the cores out")
+    timeout_seconds: Positive = Field(default=600, description="limit of one collective")
 
     @property
     def ranks(self) -> int:
@@ -152,34 +154,34 @@ class TrainConfig(Section):
     lr: float = Field(gt=0.0, description="peak learning rate")
     schedule: Literal["cosine", "wsd"] = "cosine"
     warmup_steps: Natural = 0
-    decay_fraction: Fraction = Field(0.2, description="wsd: share of the steps that decay, at the end")
-    min_lr_ratio: Fraction = Field(0.05, description="last learning rate over the peak")
+    decay_fraction: Fraction = Field(default=0.2, description="wsd: share of the steps that decay, at the end")
+    min_lr_ratio: Fraction = Field(default=0.05, description="last learning rate over the peak")
     betas: tuple[float, float] = (0.9, 0.95)
-    epsilon: float = Field(1e-8, gt=0.0)
-    weight_decay: Ratio = Field(0.1, description="on matrices; norms, biases and embeddings have none")
-    clip: Ratio = Field(1.0, description="largest global gradient norm; 0 does not clip")
-    ema_decay: Fraction = Field(0.999, description="d of min(d, (1 + n) / (10 + n))")
+    epsilon: float = Field(default=1e-8, gt=0.0)
+    weight_decay: Ratio = Field(default=0.1, description="on matrices; norms, biases and embeddings have none")
+    clip: Ratio = Field(default=1.0, description="largest global gradient norm; 0 does not clip")
+    ema_decay: Fraction = Field(default=0.999, description="d of min(d, (1 + n) / (10 + n))")
     loss_weights: LossWeights = LossWeights()
 
 
 class EvalConfig(Section):
     """Held-out evaluation during training."""
 
-    every_steps: Natural = Field(200, description="0 evaluates only at the end")
-    text_bytes: Natural = Field(60_000, description="bytes of held-out text, whole documents")
-    media_spans: Natural = Field(64, description="held-out spans of each latent modality")
+    every_steps: Natural = Field(default=200, description="0 evaluates only at the end")
+    text_bytes: Natural = Field(default=60_000, description="bytes of held-out text, whole documents")
+    media_spans: Natural = Field(default=64, description="held-out spans of each latent modality")
 
 
 class RunSection(Section):
     """The run folder and what is written into it."""
 
-    folder: str = Field("runs", description="parent folder; the run lives in folder/name")
-    resume: Literal["auto", "branch"] = Field("auto", description="branch: a changed config may go on in this folder")
+    folder: str = Field(default="runs", description="parent folder; the run lives in folder/name")
+    resume: Literal["auto", "branch"] = Field(default="auto", description="branch: a changed config may go on here")
     save_every_steps: Positive = 200
     keep_checkpoints: Positive = 2
     log_every_steps: Positive = 1
     wandb: Literal["offline", "online", "disabled"] = "offline"
-    report: bool = Field(True, description="write report.html at the end")
+    report: bool = Field(default=True, description="write report.html at the end")
 
 
 class RunConfig(Section):

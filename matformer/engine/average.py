@@ -22,8 +22,8 @@ class Average:
     def update(self, num_steps: int) -> None:
         """Move towards the weights of step `num_steps` (counted from 1)."""
         share = 1.0 - min(self.decay, (1 + num_steps) / (10 + num_steps))
-        names, weights = zip(*self.host.local_weights(), strict=True)
-        torch._foreach_lerp_([self.values[name] for name in names], [weight.float() for weight in weights], share)
+        for name, weight in self.host.local_weights():
+            self.values[name].lerp_(weight.float(), share)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

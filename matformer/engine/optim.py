@@ -8,7 +8,7 @@ from matformer.config.schema import TrainConfig
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
-    """The rate of step 0, 1, ... : linear warm-up, then a cosine to min_lr_ratio, or wsd: constant, then 1 - sqrt decay.
+    """The rate of step 0, 1, ...: linear warm-up, then a cosine to min_lr_ratio, or wsd: constant, then 1 - sqrt.
 
     Source of wsd and its square-root decay: Hägele et al. 2024, "Scaling laws beyond fixed training durations".
     """

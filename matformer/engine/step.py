@@ -40,7 +40,7 @@ def loss_weights(config: RunConfig) -> dict[str, float]:
 
 
 def global_counts(batches: Sequence[Batch], groups: Groups) -> dict[str, float]:
-    """Terms of every loss, raw bytes and positions in the global batch: known before the forward. Collective over DP."""
+    """Terms of every loss, bytes and positions of the global batch: known before the forward. Collective over DP."""
     rows = [
         {
             **batch.counts(),

@@ -42,7 +42,7 @@ class StageModel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """One optimizer step. sums: this rank's, over its microbatches, of detached per-part sums ({} off the last stage)."""
+    """One optimizer step. sums: this rank's totals over its microbatches, by part ({} off the last stage)."""
 
     sums: Sums
     grad_norm: float

@@ -15,6 +15,7 @@ from matformer.config.schema import RunConfig
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import deepspeed
+    from deepspeed.utils import logger as deepspeed_logger
     from deepspeed.utils import (
         safe_get_full_fp32_param,
         safe_get_full_optimizer_state,
@@ -23,7 +24,6 @@ with warnings.catch_warnings():
         safe_set_local_fp32_param,
         safe_set_local_optimizer_state,
     )
-    from deepspeed.utils import logger as deepspeed_logger
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

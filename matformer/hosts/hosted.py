@@ -131,7 +131,9 @@ class MegatronHost(Host):
         layout = self.layouts[name]
         shapes = {f"{key}/{piece.name}": piece.global_shape(self.groups.tp_size) for piece in layout.pieces}
         found = read_shaped(read, shapes)
-        return to_local({piece.name: found[f"{key}/{piece.name}"] for piece in layout.pieces}, layout, groups=self.groups)
+        return to_local(
+            {piece.name: found[f"{key}/{piece.name}"] for piece in layout.pieces}, layout, groups=self.groups
+        )
 
     @torch.no_grad()
     def scatter_stored(self, read: Reader, key: str) -> dict[str, Tensor]:

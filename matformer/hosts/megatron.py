@@ -1,8 +1,8 @@
 """Our plan and config -> megatron-core: process groups, this rank's blocks of the Atto, the pipeline schedule.
 
 Megatron is extended by specs alone. Weights that every TP rank holds whole but that saw only a share of the work
-(q/k norms: their heads; all norms under sequence parallelism: their positions) pass through `copy_to_tensor_..._region`,
-whose backward sums over TP inside the graph, before any hook or optimizer sees the gradient.
+(q/k norms: their heads; all norms under sequence parallelism: their positions) pass through a copy whose
+backward sums over TP inside the graph, before any hook or optimizer sees the gradient.
 """
 
 from __future__ import annotations
@@ -69,18 +69,19 @@ def build_groups(plan: ParallelConfig) -> Groups:
     if not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel(plan.tp, plan.pp)
         model_parallel_cuda_manual_seed(1234)  # asked for under sequence parallelism; no random number is drawn from it
+    state: Any = parallel_state
     return Groups(
         rank=dist.get_rank(),
         world=world,
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_rank=state.get_tensor_model_parallel_rank(),
         tp_size=plan.tp,
-        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_rank=state.get_pipeline_model_parallel_rank(),
         pp_size=plan.pp,
-        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_rank=state.get_data_parallel_rank(),
         dp_size=plan.dp,
-        tp=parallel_state.get_tensor_model_parallel_group(),
-        pp=parallel_state.get_pipeline_model_parallel_group(),
-        dp=parallel_state.get_data_parallel_group(),
+        tp=state.get_tensor_model_parallel_group(),
+        pp=state.get_pipeline_model_parallel_group(),
+        dp=state.get_data_parallel_group(),
     )
 
 
@@ -93,7 +94,8 @@ def _join_world(plan: ParallelConfig) -> None:
         dist.init_process_group(backend, timeout=timeout)
     else:  # one rank without a launcher; DeepSpeed asks for the variable
         os.environ.setdefault("LOCAL_RANK", "0")
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
 
 
 class ModelParallelUnit:
@@ -103,10 +105,10 @@ class ModelParallelUnit:
         return getattr(parallel_state, name)
 
     def get_model_parallel_world_size(self) -> int:
-        return dist.get_world_size(parallel_state.get_model_parallel_group())
+        return dist.get_world_size(self.get_model_parallel_group())
 
     def get_model_parallel_rank(self) -> int:
-        return dist.get_rank(parallel_state.get_model_parallel_group())
+        return dist.get_rank(self.get_model_parallel_group())
 
 
 def transformer_config(atto: AttoConfig, plan: ParallelConfig) -> TransformerConfig:
@@ -200,7 +202,7 @@ class MegatronTrunk(Trunk):
         super().__init__()
         self.config = transformer_config(atto, plan)
         self.groups = groups
-        layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+        layer: Any = get_gpt_layer_local_spec(normalization="RMSNorm")
         parts = layer.submodules
         parts.input_layernorm = parts.pre_mlp_layernorm = AttoNorm
         attention = parts.self_attention.submodules
@@ -210,7 +212,7 @@ class MegatronTrunk(Trunk):
         self.first_layer = get_transformer_layer_offset(self.config)
         self.block = TransformerBlock(
             self.config,
-            TransformerBlockSubmodules([layer] * count, layer_norm=AttoNorm),
+            TransformerBlockSubmodules([layer] * count, layer_norm=ModuleSpec(module=AttoNorm)),
             pre_process=groups.is_first,
             post_process=groups.is_last,
         )
@@ -229,11 +231,11 @@ class MegatronTrunk(Trunk):
         return leaving.transpose(0, 1)
 
     def receive(self, tensor: Tensor | None) -> None:
-        self.block.set_input_tensor(tensor)
+        self.block.set_input_tensor(tensor)  # pyright: ignore[reportArgumentType] - None clears it
 
 
 def run_schedule(
-    model: nn.Module,
+    model: Any,  # noqa: ANN401 - our stage, as the engine's `module`
     batches: Sequence[Batch],
     *,
     trunk: MegatronTrunk,

@@ -68,8 +68,11 @@ class AttoView:
 
 
 def atto_attention(
-    query_BSAK: Float[Tensor, "B S A K"], key_BSGK: Float[Tensor, "B S G K"], value_BSGK: Float[Tensor, "B S G K"],
-    *, view: AttoView,
+    query_BSAK: Float[Tensor, "B S A K"],
+    key_BSGK: Float[Tensor, "B S G K"],
+    value_BSGK: Float[Tensor, "B S G K"],
+    *,
+    view: AttoView,
 ) -> Float[Tensor, "B S A K"]:
     """The Atto's attention core, the same under every host: rotary positions, then the mask."""
     query, key = rotate(query_BSAK, view.rotary), rotate(key_BSGK, view.rotary)

@@ -32,9 +32,7 @@ class LocalView:
     rotary: Rotary
 
 
-def local_view(
-    piece_U: Int[Tensor, " U"], place_U: Int[Tensor, " U"], *, window: int, head_size: int
-) -> LocalView:
+def local_view(piece_U: Int[Tensor, " U"], place_U: Int[Tensor, " U"], *, window: int, head_size: int) -> LocalView:
     """A symbol sees itself and the window - 1 symbols before it, inside its own piece.
 
     An empty row gives one chunk of padding, so that every layer runs and every weight has a gradient.

@@ -62,9 +62,7 @@ class PatchPool(nn.Module):
         self.key_value = nn.Linear(width, 2 * width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
 
-    def forward(
-        self, x_UD: Float[Tensor, "U D"], patch_U: Int[Tensor, " U"], num_patches: int
-    ) -> Float[Tensor, "P H"]:
+    def forward(self, x_UD: Float[Tensor, "U D"], patch_U: Int[Tensor, " U"], num_patches: int) -> Float[Tensor, "P H"]:
         num_units, width = x_UD.shape
         mean_PD = segment_mean(x_UD, patch_U, num_segments=num_patches)
         query = self.query(self.mean_norm(mean_PD)).view(num_patches, self.slots, self.heads, width // self.heads)
