@@ -134,9 +134,9 @@ class Loader:
         self._state = {"step": state["step"], "num_lanes": state["num_lanes"], "lanes": cursors}
 
     def close(self) -> None:
-        """Let the background thread end."""
+        """Let the background thread end; the loader still works, without reading ahead."""
         if self._executor is not None:
-            self._executor.shutdown(wait=True, cancel_futures=True)
+            self._executor.shutdown(wait=True)  # cancelling would leave a future that nobody ever completes
             self._executor = None
 
     def _begin(self) -> None:

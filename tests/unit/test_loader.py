@@ -260,7 +260,11 @@ def test_state_is_that_of_the_last_batch_given(root: Path) -> None:
         ahead.next_global_batch(step)
         plain.next_global_batch(step)
         assert ahead.state() == plain.state()
+    state = ahead.state()
     ahead.close()
+    third = ahead.next_global_batch(2)
+    ahead.load_state(state)
+    assert same([ahead.next_global_batch(2)], [third])
     with pytest.raises(ParcelError, match="step 2"):
         plain.next_global_batch(5)
 
