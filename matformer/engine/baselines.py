@@ -96,7 +96,7 @@ class ByteModels:
             bits["order0"].append(float(self.order0_bits[symbols].sum(dtype=np.float64)))
             bits["order2"].append(float(self.order2_bits[_codes(symbols)].sum(dtype=np.float64)))
         sizes = [len(document) for document in documents]
-        return {name: _ratio(sums, sizes) for name, sums in bits.items()}
+        return {name: ratio(sums, sizes) for name, sums in bits.items()}
 
 
 def xz_bits_per_byte(documents: Sequence[bytes]) -> float:
@@ -138,7 +138,7 @@ def gaussian_flow_loss(
         left = noise - clean - gain * ((1 - t) * clean + t * noise)
         errors += np.square(left).sum(1, dtype=np.float64) / len(times)
     rows = np.arange(len(clean)) if sample is None else np.unique(sample, return_inverse=True)[1]
-    return _ratio(np.bincount(rows, weights=errors), np.bincount(rows) * clean.shape[1])
+    return ratio(np.bincount(rows, weights=errors), np.bincount(rows) * clean.shape[1])
 
 
 def compute_baselines(config: RunConfig, *, text_bytes: int, media_spans: int) -> dict[str, float]:
@@ -194,7 +194,7 @@ def _shrunk_covariance(centred: Float[np.ndarray, "n d"]) -> tuple[np.ndarray, n
     return np.maximum(shrunk, 1e-12), directions
 
 
-def _ratio(sums: Sequence[float] | np.ndarray, sizes: Sequence[int] | np.ndarray) -> Score:
+def ratio(sums: Sequence[float] | np.ndarray, sizes: Sequence[int] | np.ndarray) -> Score:
     """Sum over size, with the standard error of a ratio over independent samples."""
     totals, counts = np.asarray(sums, np.float64), np.asarray(sizes, np.float64)
     value = totals.sum() / max(counts.sum(), 1.0)

@@ -1,0 +1,173 @@
+"""Held-out numbers: bits per byte, flow losses, the router's choices; captions and baselines when a run is done."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from matformer.config.schema import EvalConfig, RunConfig
+from matformer.data.loader import heldout_batches, pack_documents
+from matformer.data.mixture import BadSamples, Mixture
+from matformer.data.packing import document_positions, with_noise
+from matformer.data.sources import Document, Stream, open_source
+from matformer.engine.baselines import TIMES, compute_baselines, ratio
+from matformer.engine.document_sums import Documents, document_sums, gather_documents, velocity_scalars
+from matformer.engine.paired import caption_gain
+from matformer.engine.restore import load_for_inference
+from matformer.hosts.base import Host
+from matformer.shapes import END
+
+log = logging.getLogger(__name__)
+
+ROUTER_DOCUMENTS_A_SPAN = 2
+"""Documents of the router's mixture for each of eval.media_spans; a text document has one question that counts."""
+CAPTIONED_A_SPAN = 2.5
+"""Media of the caption test for each of eval.media_spans: 160 reach every held-out concept of the demo's pictures."""
+NOISE_SEED = 0
+
+
+class HeldOut:
+    """The held-out batches of a run, built at the first call, and their numbers under a host's present weights."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self._tables: dict[str, Documents] | None = None
+
+    def __call__(self, host: Host, *, full: bool = False) -> dict[str, float]:
+        """Keys `heldout/...`; `full` adds whether captions are used (minutes rather than seconds). Collective.
+
+        Raises DataError if held-out data cannot be read.
+        """
+        if self._tables is None:
+            self._tables = dict(_tables(self.config))
+        tables = self._tables
+        found: dict[str, float] = {}
+        for (part, table), sums in zip(tables.items(), document_sums(host, list(tables.values())), strict=True):
+            score = {"text": _text_numbers, "router": _router_numbers}.get(part)
+            found |= score(table, sums) if score else _media_numbers(table, sums, modality=part)
+        if full and (num_spans := round(CAPTIONED_A_SPAN * self.config.eval.media_spans)):
+            for modality in self.config.model.media:
+                found |= caption_gain(host, self.config, modality=modality, num_spans=num_spans)
+        return found
+
+
+def evaluate(host: Host, config: RunConfig, *, full: bool) -> dict[str, float]:
+    """`HeldOut` once: whoever evaluates again keeps one, and its batches with it. Collective."""
+    return HeldOut(config)(host, full=full)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Numbers of one checkpoint (`heldout/...`, or `heldout_ema/...` of the average) and the baselines beside them."""
+
+    step: int
+    numbers: dict[str, float]
+    baselines: dict[str, float]
+
+
+def evaluate_run(
+    run_folder: Path, *, ema: bool, text_bytes: int | None = None, media_spans: int | None = None
+) -> Evaluation:
+    """Everything about a run's newest good checkpoint, on one plain rank; kept as evaluation.json and baselines.json.
+
+    Amounts are those of the run's `eval`, unless given. evaluation.json keeps what it holds of the same step. Raises
+    ConfigError, CheckpointError or DataError.
+    """
+    config, host, _ = load_for_inference(run_folder, ema=ema)
+    amounts = {"text_bytes": text_bytes, "media_spans": media_spans}
+    asked = config.eval.model_copy(update={name: value for name, value in amounts.items() if value is not None})
+    config = config.model_copy(update={"eval": asked})
+    baselines = _baselines(config, asked)
+    numbers = evaluate(host, config, full=True)
+    if ema:
+        numbers = {name.replace("heldout/", "heldout_ema/", 1): value for name, value in numbers.items()}
+    evaluation = Evaluation(host.steps, numbers, baselines)
+    _keep(Path(run_folder), evaluation)
+    return evaluation
+
+
+def _tables(config: RunConfig) -> Iterator[tuple[str, Documents]]:
+    """Part -> its documents; a part that is asked for nothing, or has no held-out source, is left out."""
+    asked, rows = config.eval, config.train.micro_batch
+    sources = config.data.sources
+    if asked.text_bytes:
+        texts = [name for name, source in sources.items() if source.form == "text"]
+        batches = [batch for name in texts for batch in heldout_batches(config, name, max_bytes=asked.text_bytes)]
+        if batches:
+            yield "text", gather_documents(batches, num_rows=rows)
+    if not asked.media_spans:
+        return
+    for modality in config.model.media:
+        pairs = [name for name, s in sources.items() if s.form == "pairs" and s.modality in (None, modality)]
+        plain = [batch for name in pairs for batch in heldout_batches(config, name, max_spans=asked.media_spans)]
+        noised = [with_noise(b, time=t, seed=NOISE_SEED, index=k) for b in plain for k, t in enumerate(TIMES, start=1)]
+        if any(velocity_scalars(batch, modality)[0].numel() for batch in noised):
+            yield modality, gather_documents(noised, num_rows=rows)
+    documents = _mixed(config, ROUTER_DOCUMENTS_A_SPAN * asked.media_spans)
+    yield "router", gather_documents(pack_documents(documents, config=config), num_rows=rows)
+
+
+def _mixed(config: RunConfig, num_documents: int) -> list[Document]:
+    """Held-out documents of all forms in the shares and templates of training; the run's seed does not enter."""
+    data, model = config.data, config.model
+    opened = {name: open_source(name, data=data, model=model, split="heldout") for name in data.sources}
+    streams = {name: Stream(source, seed=0, lane=0, lanes=1) for name, source in opened.items()}
+    weights = {name: source.weight for name, source in data.sources.items()}
+    mixture = Mixture(streams, weights, seed=0, lane=0, bad=BadSamples(data.max_bad_samples))
+    return [mixture.next(lambda one: document_positions(one, model=model))[2] for _ in range(num_documents)]
+
+
+def _text_numbers(table: Documents, sums: dict[str, np.ndarray]) -> dict[str, float]:
+    num_bytes = table.count(lambda batch: (batch.text.document_U, batch.text.symbol_U != END))
+    return _named("heldout/text/bits_per_byte", sums["text"] / math.log(2), num_bytes)
+
+
+def _media_numbers(table: Documents, sums: dict[str, np.ndarray], *, modality: str) -> dict[str, float]:
+    return _named(f"heldout/{modality}/flow_loss", sums[modality], table.count(lambda b: velocity_scalars(b, modality)))
+
+
+def _router_numbers(table: Documents, sums: dict[str, np.ndarray]) -> dict[str, float]:
+    num_questions = sum(len(batch.route.slot_R) for batch in table.batches)
+    answers = Counter(
+        answer for batch in table.batches for answer in batch.route.target_R[batch.route.span_end_R].tolist()
+    )
+    return {
+        **_named("heldout/router/span_end_accuracy", sums["span_ends_right"], sums["span_ends"]),
+        "heldout/router/majority": max(answers.values()) / sum(answers.values()),
+        "heldout/router/accuracy": float(sums["router_right"].sum()) / num_questions,
+    }
+
+
+def _named(name: str, sums: np.ndarray, sizes: np.ndarray) -> dict[str, float]:
+    """A ratio and its standard error over documents; of a single document there is none."""
+    score = ratio(sums, sizes)
+    return {name: score.value} | ({f"{name}_stderr": score.stderr} if math.isfinite(score.stderr) else {})
+
+
+def _baselines(config: RunConfig, asked: EvalConfig) -> dict[str, float]:
+    found = compute_baselines(config, text_bytes=asked.text_bytes, media_spans=asked.media_spans)
+    wanted = {"text": asked.text_bytes > 0} | dict.fromkeys(config.model.media, asked.media_spans > 0)
+    return {name: value for name, value in found.items() if wanted[name.split("/")[0]]}
+
+
+def _keep(folder: Path, evaluation: Evaluation) -> None:
+    path = folder / "evaluation.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    same_step = before if before.get("step") == evaluation.step else {}
+    _write(path, {**same_step, "step": evaluation.step, **evaluation.numbers})
+    _write(folder / "baselines.json", evaluation.baselines)
+
+
+def _write(path: Path, tree: dict[str, float]) -> None:
+    """Whole or not at all: a report may be reading."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, path)

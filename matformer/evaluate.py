@@ -1,0 +1,106 @@
+"""The door of evaluation: `python -m matformer.evaluate RUN`, a run's newest checkpoint on held-out data."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from matformer.engine.evaluate import Evaluation, evaluate_run
+from matformer.engine.restore import run_config
+from matformer.errors import MatformerError
+
+LOWER, HIGHER = -1, 1
+CHANCE_GAIN = 0.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0, or 2 with one sentence on stderr for a folder or a checkpoint that cannot be evaluated."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    asked = _parser().parse_args(arguments)
+    try:
+        torch.set_num_threads(run_config(asked.run).parallel.threads or len(os.sched_getaffinity(0)))
+        evaluation = evaluate_run(asked.run, ema=asked.ema, text_bytes=asked.text_bytes, media_spans=asked.media_spans)
+    except MatformerError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    Console().print(
+        table(evaluation, title=f"{asked.run}, step {evaluation.step}" + (", average" if asked.ema else ""))
+    )
+    if asked.json:
+        line = {"step": evaluation.step, **evaluation.numbers, "baselines": evaluation.baselines}
+        sys.stdout.write(json.dumps(line) + "\n")
+    return 0
+
+
+def table(evaluation: Evaluation, *, title: str) -> Table:
+    """Our numbers beside what needs no model; better is counted in standard errors of the difference."""
+    numbers = {name.split("/", 1)[1]: value for name, value in evaluation.numbers.items()}
+    shown = Table("held out", "this model", "rival", "", "better by", title=title, title_justify="left")
+    for name, value in numbers.items():
+        if name.endswith(("_stderr", "_z", "_num_concepts")) or name == "router/majority":
+            continue
+        stderr = numbers.get(f"{name}_stderr")
+        rivals = _rivals(name, numbers=numbers, baselines=evaluation.baselines)
+        if not rivals:
+            shown.add_row(name, _measured(value, stderr), "", "", "")
+        for place, (label, rival, rival_stderr, direction) in enumerate(rivals):
+            ours = (name, _measured(value, stderr)) if place == 0 else ("", "")
+            margin = _margin(direction * (value - rival), stderr, rival_stderr)
+            shown.add_row(*ours, label, _measured(rival, rival_stderr), margin)
+    return shown
+
+
+def _rivals(
+    name: str, *, numbers: dict[str, float], baselines: dict[str, float]
+) -> list[tuple[str, float, float | None, int]]:
+    """(label, value, standard error, which side is better) of what a number is held against."""
+    part, number = name.split("/", 1)
+    if number == "span_end_accuracy":
+        return [("the commonest answer", numbers["router/majority"], None, HIGHER)]
+    if part == "captions":
+        return [("captions unused", CHANCE_GAIN, None, HIGHER)]
+    same = [key for key in baselines if key.startswith(f"{part}/") and not key.endswith("_stderr")]
+    return [(key.split("/")[1], baselines[key], baselines.get(f"{key}_stderr"), LOWER) for key in same]
+
+
+def _measured(value: float, stderr: float | None) -> str:
+    return f"{value:.4f}" + (f" ± {stderr:.4f}" if stderr is not None else "")
+
+
+def _margin(gain: float, stderr: float | None, rival_stderr: float | None) -> str:
+    """Standard errors of the difference, as if the two were independent: both see the same documents, so it is more."""
+    spread = math.hypot(stderr or 0.0, rival_stderr or 0.0)
+    return f"{gain / spread:+.1f} standard errors" if spread > 0 else f"{gain:+.4f}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m matformer.evaluate", description=__doc__)
+    parser.add_argument("run", type=Path, help="run folder, such as runs/demo")
+    parser.add_argument("--ema", action="store_true", help="the average of the weights instead of the last ones")
+    parser.add_argument("--text-bytes", type=_natural, metavar="N", help="bytes of held-out text (the run's own)")
+    parser.add_argument(
+        "--media-spans", type=_natural, metavar="N", help="spans of each latent modality (the run's own)"
+    )
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    return parser
+
+
+def _natural(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise ValueError(text)
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())
