@@ -48,7 +48,7 @@ def local_view(piece_U: Int[Tensor, " U"], place_U: Int[Tensor, " U"], *, window
     return LocalView(visible, rotary)
 
 
-def _with_previous(x_CW: Tensor, *, fill: float) -> Tensor:
+def _with_previous(x_CW: Tensor, *, fill: int) -> Tensor:
     """Each chunk behind the chunk before it: `[C, W, ...] -> [C, 2W, ...]`."""
     before = torch.cat((torch.full_like(x_CW[:1], fill), x_CW[:-1]))
     return torch.cat((before, x_CW), dim=1)
@@ -66,7 +66,7 @@ class LocalAttention(nn.Module):
     def forward(self, x_UD: Float[Tensor, "U D"], view: LocalView) -> Float[Tensor, "U D"]:
         num_units, width = x_UD.shape
         num_chunks, window, _ = view.visible_CWT.shape
-        query, key, value = self.query_key_value(x_UD).view(num_units, 3, self.heads, -1).unbind(1)
+        query, key, value = self.query_key_value(x_UD).view(num_units, 3, self.heads, width // self.heads).unbind(1)
         query, key = rotate(query, view.rotary), rotate(key, view.rotary)
         missing = num_chunks * window - num_units
         query, key, value = (
