@@ -106,13 +106,22 @@ def gather(folder: Path) -> Material:
         folder,
         config_text,
         config,
-        rows=read_metrics(folder / "metrics.jsonl"),
+        rows=_rows(folder),
         machine=_read_json(folder / "machine.json"),
         baselines=_read_json(folder / "baselines.json"),
         samples=_read_json(folder / "samples" / "samples.json"),
         statistics=_read_json(folder / "statistics.json"),
         data=_read_json(root / "demo.json"),
     )
+
+
+def _rows(folder: Path) -> list[Row]:
+    """Rows of the run, and the evaluation of its newest checkpoint among them."""
+    rows = read_metrics(folder / "metrics.jsonl")
+    evaluation = _read_json(folder / "evaluation.json")
+    if isinstance(evaluation.get("step"), int):
+        rows.append(evaluation)
+    return sorted(rows, key=lambda row: row["step"])
 
 
 def _read_json(path: Path) -> Tree:
@@ -180,7 +189,7 @@ def _steps(steps: Sequence[float], *, planned: int | None) -> str | None:
 
 def _machine_name(machine: Tree) -> str | None:
     names = [machine.get(key) for key in ("gpu", "gpu_name", "device_name", "cpu", "cpu_name", "processor", "device")]
-    return next((str(name) for name in names if name), None)
+    return next((str(name) for name in names if name and name != "none"), None)
 
 
 def _layout(parallel: Tree) -> str | None:
@@ -235,8 +244,10 @@ def _claims(material: Material) -> list[Claim]:
     claims.append(
         Claim("Router", "right at ends of spans, higher is better", "router/span_end_accuracy", majority, True)
     )
-    gain = (("zero", 0.0, None),)
-    claims.append(Claim("Captions", "gain from seeing the image, higher is better", "captions/image_gain", gain, True))
+    for name in material.media:
+        unit = "flow loss added by captions of other concepts, higher is better"
+        zero = (("zero", 0.0, None),)
+        claims.append(Claim(f"Captions used: {name}", unit, f"captions/{name}_gain", zero, True))
     return claims
 
 

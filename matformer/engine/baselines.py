@@ -147,13 +147,14 @@ def compute_baselines(config: RunConfig, *, text_bytes: int, media_spans: int) -
     Keys: text/order0, text/order2 (each with _stderr), text/xz, <modality>/gaussian (where all its latents have one
     shape) and <modality>/gaussian_channel (each with _stderr). Raises DataError if the data cannot be read.
     """
-    fingerprint = _fingerprint(config, text_bytes=text_bytes, media_spans=media_spans)
-    kept = Path(config.data.root) / f"baselines-{fingerprint}.json"
+    texts = _heldout_texts(config, text_bytes=text_bytes)
+    media = {name: _heldout_latents(config, modality=name, media_spans=media_spans) for name in config.model.media}
+    kept = Path(config.data.root) / f"baselines-{_fingerprint(config, texts=texts, media=media)}.json"
     if kept.is_file():
         return json.loads(kept.read_text(encoding="utf-8"))
-    found = _text_baselines(config, text_bytes=text_bytes)
-    for modality in config.model.media:
-        found |= _media_baselines(config, modality=modality, media_spans=media_spans)
+    found = _text_baselines(config, heldout=texts)
+    for modality, heldout in media.items():
+        found |= _media_baselines(config, modality=modality, heldout=heldout)
     _keep(found, kept)
     return found
 
@@ -205,39 +206,48 @@ def ratio(sums: Sequence[float] | np.ndarray, sizes: Sequence[int] | np.ndarray)
     return Score(float(value), float(math.sqrt(spread) / max(counts.sum(), 1.0)))
 
 
-def _text_baselines(config: RunConfig, *, text_bytes: int) -> dict[str, float]:
-    sources = [name for name, source in config.data.sources.items() if source.form == "text"]
-    documents = [
+def _heldout_texts(config: RunConfig, *, text_bytes: int) -> list[bytes]:
+    return [
         b"".join(span.data for span in document.spans if isinstance(span, TextSpan))
-        for name in sources
+        for name, source in config.data.sources.items()
+        if source.form == "text"
         for document in heldout_documents(config, name, max_bytes=text_bytes)
     ]
-    if not documents:
-        return {}
-    counts = ByteCounts()
-    for name in sources:
-        reader = ShardReader(Path(config.data.root) / config.data.sources[name].path / "train")
-        for i in range(len(reader)):
-            counts.add(reader.view(i, "bytes"), reader.array(i, "docs.npy"))
-    found = {"text/xz": xz_bits_per_byte(documents)}
-    for order, score in counts.fit().score(documents).items():
-        found |= _named(f"text/{order}", score)
-    return found
 
 
-def _media_baselines(config: RunConfig, *, modality: str, media_spans: int) -> dict[str, float]:
-    sources = [
-        name
-        for name, source in config.data.sources.items()
-        if source.form == "pairs" and source.modality in (None, modality)
-    ]
-    heldout = [
+def _heldout_latents(config: RunConfig, *, modality: str, media_spans: int) -> list[np.ndarray]:
+    return [
         span.latent
-        for name in sources
+        for name in _paired_sources(config, modality=modality)
         for document in heldout_documents(config, name, max_spans=media_spans)
         for span in document.spans
         if isinstance(span, MediaSpan) and span.modality == modality
     ]
+
+
+def _paired_sources(config: RunConfig, *, modality: str) -> list[str]:
+    sources = config.data.sources.items()
+    return [name for name, source in sources if source.form == "pairs" and source.modality in (None, modality)]
+
+
+def _text_baselines(config: RunConfig, *, heldout: list[bytes]) -> dict[str, float]:
+    if not heldout:
+        return {}
+    counts = ByteCounts()
+    for source in config.data.sources.values():
+        if source.form != "text":
+            continue
+        reader = ShardReader(Path(config.data.root) / source.path / "train")
+        for i in range(len(reader)):
+            counts.add(reader.view(i, "bytes"), reader.array(i, "docs.npy"))
+    found = {"text/xz": xz_bits_per_byte(heldout)}
+    for order, score in counts.fit().score(heldout).items():
+        found |= _named(f"text/{order}", score)
+    return found
+
+
+def _media_baselines(config: RunConfig, *, modality: str, heldout: list[np.ndarray]) -> dict[str, float]:
+    sources = _paired_sources(config, modality=modality)
     train = [latent for name in sources for latent in _train_latents(config, name, modality=modality)]
     if not heldout or not train:
         return {}
@@ -273,21 +283,18 @@ def _named(name: str, score: Score) -> dict[str, float]:
     return found | {f"{name}_stderr": score.stderr} if math.isfinite(score.stderr) else found
 
 
-def _fingerprint(config: RunConfig, *, text_bytes: int, media_spans: int) -> str:
-    """Of everything the numbers depend on: the data sets, how their documents are read, and this file's version."""
-    digest = hashlib.sha256()
-    media = {name: [media.channels, media.buckets] for name, media in config.model.media.items()}
-    sources = {name: source.model_dump(mode="json") for name, source in config.data.sources.items()}
-    for source in sources.values():
-        del source["weight"]
-    digest.update(json.dumps([VERSION, text_bytes, media_spans, media, sources], sort_keys=True).encode())
+def _fingerprint(config: RunConfig, *, texts: list[bytes], media: dict[str, list[np.ndarray]]) -> str:
+    """Of everything the numbers depend on: what is scored, the train splits' manifests, and this file's version."""
+    digest = hashlib.sha256(f"{VERSION}".encode())
+    scored = [*texts, *(latent.tobytes() for latents in media.values() for latent in latents)]
+    for content in scored:
+        digest.update(hashlib.sha256(content).digest())
     for source in config.data.sources.values():
-        for split in ("train", "heldout"):
-            path = Path(config.data.root) / source.path / split / "manifest.json"
-            try:
-                digest.update(hashlib.sha256(path.read_bytes()).digest())
-            except OSError as error:
-                raise DataError(f"{path} must be readable, got: {error}; set data.root") from error
+        path = Path(config.data.root) / source.path / "train" / "manifest.json"
+        try:
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        except OSError as error:
+            raise DataError(f"{path} must be readable, got: {error}; set data.root") from error
     return digest.hexdigest()[:16]
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import json
 import lzma
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from matformer.engine.baselines import TIMES, ByteCounts, gaussian_flow_loss, xz_bits_per_byte
+from matformer.config.schema import RunConfig
+from matformer.data.shards import ShardWriter
+from matformer.engine.baselines import TIMES, ByteCounts, compute_baselines, gaussian_flow_loss, xz_bits_per_byte
 
 CORPUS = [b"abab", b"ba", b"abc"]
 
@@ -107,3 +112,71 @@ def test_cells_of_a_span_are_one_sample() -> None:
     grouped = gaussian_flow_loss(held, held, covariance="channel", sample=np.repeat(np.arange(50), 20))
     assert grouped.value == pytest.approx(alone.value)
     assert grouped.stderr > 2 * alone.stderr
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def write_text(folder: Path, documents: list[bytes]) -> None:
+    members = {
+        "bytes": b"".join(documents),
+        "docs.npy": npy(np.cumsum([0, *map(len, documents)], dtype=np.int64)),
+        "json": json.dumps([{} for _ in documents]).encode(),
+    }
+    with ShardWriter(folder, form="text") as writer:
+        writer.add("block", members)
+
+
+def write_images(folder: Path, *, count: int, seed: int) -> None:
+    draws = np.random.default_rng(seed)
+    facts = {"modality": "image", "texts": [{"lang": "en", "text": "a dot"}]}
+    with ShardWriter(folder, form="pairs", extra={"latents": {"shift": [3.0, -1.0], "scale": 0.5}}) as writer:
+        for i in range(count):
+            latent = draws.normal(size=(2, 2, 2)) * 2 + np.array([3.0, -1.0])[:, None, None]
+            members = {"moments.npy": npy(latent.astype(np.float32)), "json": json.dumps(facts).encode()}
+            writer.add(f"i{i}", members)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    write_text(tmp_path / "text" / "train", CORPUS)
+    write_text(tmp_path / "text" / "heldout", [b"abz", b"b"])
+    write_images(tmp_path / "images" / "train", count=3000, seed=0)
+    write_images(tmp_path / "images" / "heldout", count=200, seed=1)
+    image = {"channels": 2, "rank": 2, "patch": 1, "buckets": [[2, 2]], "coda_width": 8}
+    atto = {"width": 8, "layers": 1, "heads": 1, "kv_heads": 1, "ffn_width": 8, "rotary_pairs": [4, 0, 0, 0]}
+    text = {"width": 8, "heads": 1, "ffn_width": 8, "preludio_layers": 0, "coda_layers": 1}
+    sources = {
+        "text": {"path": "text", "form": "text", "weight": 1.0},
+        "images": {"path": "images", "form": "pairs", "modality": "image", "weight": 1.0},
+    }
+    return RunConfig.model_validate(
+        {
+            "name": "x",
+            "model": {"atto": atto, "text": text, "media": {"image": image}},
+            "data": {"root": str(tmp_path), "lanes": 1, "sequence_latents": 64, "sources": sources},
+            "train": {"steps": 1, "global_batch": 1, "micro_batch": 1, "lr": 1e-3},
+        }
+    )
+
+
+def test_baselines_of_a_data_set_are_those_of_its_parts(config: RunConfig) -> None:
+    found = compute_baselines(config, text_bytes=1000, media_spans=200)
+    expected = sum(by_hand(document, CORPUS, order=2) for document in (b"abz", b"b")) / 4
+    assert found["text/order2"] == pytest.approx(expected, rel=1e-6)
+    white = np.mean([1 / ((1 - t) ** 2 + t**2) for t in TIMES])  # normalised: variance 1 in every direction
+    for name in ("image/gaussian", "image/gaussian_channel"):
+        assert found[name] == pytest.approx(white, abs=5 * found[f"{name}_stderr"])
+
+
+def test_baselines_are_kept_until_what_is_scored_changes(config: RunConfig) -> None:
+    root = Path(config.data.root)
+    first = compute_baselines(config, text_bytes=1000, media_spans=20)
+    (kept,) = root.glob("baselines-*.json")
+    kept.write_text(json.dumps({**first, "text/xz": -1.0}))
+    assert compute_baselines(config, text_bytes=1000, media_spans=20)["text/xz"] == -1.0
+    write_text(root / "text" / "heldout", [b"abba"])
+    assert compute_baselines(config, text_bytes=1000, media_spans=20)["text/xz"] > 0

@@ -211,3 +211,9 @@ def test_a_run_that_just_began_has_a_page(tmp_path: Path) -> None:
 def test_the_door_says_what_a_run_folder_is(tmp_path: Path, capsys) -> None:
     assert main([str(tmp_path / "nowhere")]) == 2
     assert "must hold config.yaml or metrics.jsonl" in capsys.readouterr().err
+
+
+def test_the_last_evaluation_counts(run: Path) -> None:
+    (run / "evaluation.json").write_text(json.dumps({"step": 60, "heldout/captions/audio_gain": 0.0123}))
+    page = read(run)
+    assert "Captions used: audio" in page and "0.012" in page
