@@ -34,7 +34,7 @@ class TextCoda(Coda[TextUnits]):
 
     def forward(self, latent_LH: Float[Tensor, "L H"], units: TextUnits) -> Float[Tensor, "U 257"]:
         before_PH = latent_LH.index_select(0, units.slot_P - 1)
-        slot_PkD = self.latent_norm(before_PH.view(len(units.slot_P), self.slots, -1))
+        slot_PkD = self.latent_norm(before_PH.view(len(units.slot_P), self.slots, latent_LH.shape[1] // self.slots))
         x_UD = self.embedding(units.coda_input_U)
         view = local_view(units.piece_U, units.place_U, window=self.window, head_size=x_UD.shape[1] // self.heads)
         for reader, block in zip(self.readers, self.blocks, strict=True):
@@ -57,7 +57,7 @@ class LatentReader(nn.Module):
         self, x_UD: Float[Tensor, "U D"], slot_PkD: Float[Tensor, "P k D"], patch_U: Int[Tensor, " U"]
     ) -> Float[Tensor, "U D"]:
         (num_units, width), (num_patches, slots, _) = x_UD.shape, slot_PkD.shape
-        query = self.query(self.norm(x_UD)).view(num_units, 1, self.heads, -1)
+        query = self.query(self.norm(x_UD)).view(num_units, 1, self.heads, width // self.heads)
         pairs = self.key_value(slot_PkD).view(num_patches, slots * 2 * width).index_select(0, patch_U)
         key, value = pairs.view(num_units, slots, 2, self.heads, width // self.heads).unbind(2)
         weight = ((query * key).sum(-1) * (width // self.heads) ** -0.5).softmax(dim=1)
