@@ -1,0 +1,178 @@
+"""The sampling door: `python -m matformer.sample RUN --text "..." --want image --out DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from matformer.config.schema import RunConfig
+from matformer.data.patching import build_patcher
+from matformer.data.sources import TextSpan, text_span
+from matformer.engine.media import MediaCodec, load_codec
+from matformer.engine.restore import load_for_inference
+from matformer.engine.samplers import AUTO, Draws, Row, Span, continue_rows
+from matformer.errors import ConfigError, DataError, MatformerError
+
+log = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code: 0, or 2 with one sentence on stderr."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    asked = _parser().parse_args(arguments)
+    try:
+        _check(asked)
+        _sample(asked)
+    except MatformerError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    return 0
+
+
+def _sample(asked: argparse.Namespace) -> None:
+    config, host, model = load_for_inference(asked.run, ema=asked.ema)
+    wanted = (*config.model.modalities, AUTO)
+    if asked.want not in wanted:
+        raise ConfigError(f"--want must be one of {', '.join(wanted)}, got {asked.want!r}; choose one of them")
+    began = time.perf_counter()
+    codecs: dict[str, MediaCodec] = {}
+    opening = _opening(asked, config, codecs=codecs)
+    rows = [Row(number, *opening) for number in range(asked.num)]
+    given = len(opening[0])
+    names = ("seed", "temperature", "top_p", "max_bytes", "steps", "guidance", "solver")
+    draws = Draws(**{name: getattr(asked, name) for name in names})
+    continue_rows(model, rows, want=asked.want, config=config, draws=draws, max_spans=asked.max_spans)
+    _make_folder(asked.out)
+    samples = [_written(row, given=given, out=asked.out, config=config, codecs=codecs) for row in rows]
+    record = {
+        "run": str(asked.run),
+        "step": host.steps,
+        "weights": "ema" if asked.ema else "last",
+        "text": asked.text,
+        "image": _name(asked.image),
+        "audio": _name(asked.audio),
+        "want": asked.want,
+        **{name: getattr(asked, name) for name in names},
+        "samples": samples,
+    }
+    (asked.out / "samples.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _show(record, seconds=time.perf_counter() - began, out=asked.out)
+
+
+def _opening(
+    asked: argparse.Namespace, config: RunConfig, *, codecs: dict[str, MediaCodec]
+) -> tuple[tuple[Span, ...], bytes]:
+    """What stands before the first new span: whole spans, and a prompt where text is to go on."""
+    files = [(name, path) for name, path in (("image", asked.image), ("audio", asked.audio)) if path is not None]
+    text = asked.text.encode("utf-8", "surrogateescape")
+    if asked.want == "text" and not files:
+        return (), text
+    spans: list[Span] = [text_span(text, build_patcher(config.data.patcher))] if text else []
+    for name, path in files:
+        if not path.is_file():
+            raise DataError(f"--{name} must name a file, got {path}; correct the path")
+        spans.append(_codec(name, config, codecs=codecs).read(path))
+    return tuple(spans), b""
+
+
+def _codec(name: str, config: RunConfig, *, codecs: dict[str, MediaCodec]) -> MediaCodec:
+    if name not in config.model.media:
+        raise ConfigError(
+            f"--{name} must be a modality of the run, which has {', '.join(config.model.modalities)}; leave it out"
+        )
+    if name not in codecs:
+        codecs[name] = load_codec(config, name)
+    return codecs[name]
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out must be a folder that can be written, got {out} ({error}); choose another") from error
+
+
+def _written(
+    row: Row, *, given: int, out: Path, config: RunConfig, codecs: dict[str, MediaCodec]
+) -> list[dict[str, Any]]:
+    """Files of a row's new spans, and what samples.json says of each."""
+    written: list[dict[str, Any]] = []
+    for place, span in enumerate(row.spans[given:]):
+        name = f"sample-{row.number:03d}-{place}"
+        if isinstance(span, TextSpan):
+            (out / f"{name}.txt").write_bytes(span.data)
+            text = span.data.decode("utf-8", "replace")
+            written.append({"modality": "text", "file": f"{name}.txt", "text": text, "ended": span.ended})
+            continue
+        codec = _codec(span.modality, config, codecs=codecs)
+        codec.write(out / f"{name}{codec.suffix}", codec.decode(span.latent))
+        bucket = list(span.latent.shape[1:])
+        written.append({"modality": span.modality, "file": f"{name}{codec.suffix}", "bucket": bucket})
+    return written
+
+
+def _show(record: dict[str, Any], *, seconds: float, out: Path) -> None:
+    title = f"{record['run']}, step {record['step']:,}: {record['want']} with seed {record['seed']} in {seconds:.1f} s"
+    table = Table("file", "modality", "what", title=title, title_justify="left", box=None)
+    for spans in record["samples"]:
+        for span in spans:
+            what = repr(span["text"]) if "text" in span else " x ".join(map(str, span["bucket"])) + " latent cells"
+            table.add_row(str(out / span["file"]), span["modality"], what)
+    console = Console(markup=False)
+    console.print(table)
+    if not any(record["samples"]):
+        console.print("The router ended every document at once: nothing was written but samples.json.")
+
+
+def _name(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _check(asked: argparse.Namespace) -> None:
+    rules = (
+        ("steps", asked.steps >= 1, "at least 1"),
+        ("num", asked.num >= 1, "at least 1"),
+        ("max-bytes", asked.max_bytes >= 1, "at least 1"),
+        ("max-spans", asked.max_spans >= 1, "at least 1"),
+        ("temperature", asked.temperature >= 0, "at least 0"),
+        ("guidance", asked.guidance >= 0, "at least 0"),
+        ("top-p", 0 < asked.top_p <= 1, "above 0 and at most 1"),
+    )
+    for name, holds, rule in rules:
+        if not holds:
+            raise ConfigError(f"--{name} must be {rule}, got {getattr(asked, name.replace('-', '_'))}; change --{name}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    standard = Draws()
+    parser = argparse.ArgumentParser(prog="python -m matformer.sample", description="Sample from a trained run.")
+    parser.add_argument("run", type=Path, help="run folder, such as runs/demo")
+    parser.add_argument("--text", default="", help="a caption where media are wanted, a prompt where text is")
+    parser.add_argument("--image", type=Path, help="a picture that stands after the text")
+    parser.add_argument("--audio", type=Path, help="a sound that stands after the text and the picture")
+    parser.add_argument("--want", default=AUTO, help="a modality, or auto: the router decides (default)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the files and samples.json")
+    parser.add_argument("--num", type=int, default=1, help="samples, drawn side by side")
+    parser.add_argument("--seed", type=int, default=standard.seed)
+    parser.add_argument("--temperature", type=float, default=standard.temperature, help="0 takes the likeliest")
+    parser.add_argument("--top-p", type=float, default=standard.top_p, help="probability mass that may be drawn")
+    parser.add_argument("--max-bytes", type=int, default=standard.max_bytes, help="new bytes of a text span")
+    parser.add_argument("--max-spans", type=int, default=8, help="new spans under auto")
+    parser.add_argument("--steps", type=int, default=standard.steps, help="of denoising")
+    parser.add_argument("--guidance", type=float, default=standard.guidance, help="1 is none")
+    parser.add_argument("--solver", choices=("euler", "heun"), default=standard.solver)
+    parser.add_argument("--no-ema", dest="ema", action="store_false", help="the last weights, not their average")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

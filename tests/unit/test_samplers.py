@@ -1,0 +1,305 @@
+"""Samplers: each logit that was used is a teacher-forced one, each picture lies where the exact velocity leads."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from jaxtyping import Float
+from torch import Tensor
+
+from matformer.coda.base import Coda
+from matformer.config.schema import (
+    AttoConfig,
+    DataConfig,
+    MediaConfig,
+    ModelConfig,
+    ParallelConfig,
+    PatcherConfig,
+    RunConfig,
+    SourceConfig,
+    TextConfig,
+    TrainConfig,
+)
+from matformer.data.packing import build_batch
+from matformer.data.patching import build_patcher
+from matformer.data.sources import Document, MediaSpan, TextSpan, media_span, text_span
+from matformer.engine.samplers import (
+    Draws,
+    Row,
+    TextWriter,
+    ask,
+    continue_rows,
+    denoise,
+    denoising_batch,
+    draw_answer,
+    draw_media,
+    guided_velocity,
+    write_texts,
+)
+from matformer.errors import ParcelError
+from matformer.hosts.plain import PlainHost
+from matformer.layers.flow import noised_rows
+from matformer.model import Matformer
+from matformer.parallel.seeds import generator
+from matformer.parcels import MediaUnits
+from matformer.shapes import END
+
+IMAGE = MediaConfig(channels=2, rank=2, patch=2, buckets=((2, 2), (4, 4)), coda_width=8)
+AUDIO = MediaConfig(channels=3, rank=1, patch=2, buckets=((4,), (8,)), coda_width=8)
+
+
+def config(kind: str = "static", *, latents: int = 64, window: int = 6) -> RunConfig:
+    model = ModelConfig(
+        atto=AttoConfig(width=16, layers=2, heads=2, kv_heads=1, ffn_width=16, rotary_pairs=(1, 1, 1, 1)),
+        text=TextConfig(width=8, heads=2, ffn_width=8, preludio_layers=1, coda_layers=2, window=window),
+        media={"image": IMAGE, "audio": AUDIO},
+    )
+    data = DataConfig(
+        root="nowhere",
+        lanes=1,
+        sequence_latents=latents,
+        patcher=PatcherConfig(kind=kind, patch_bytes=4, max_patch_bytes=7),
+        sources={"text": SourceConfig(path="text", form="text", weight=1.0)},
+    )
+    train = TrainConfig(steps=1, global_batch=1, micro_batch=1, lr=1e-3)
+    return RunConfig(name="tiny", model=model, data=data, train=train, parallel=ParallelConfig(host="plain"))
+
+
+def random_model(run: RunConfig) -> Matformer:
+    """Every weight random: also those that begin at zero, so that no part is silent."""
+    model = Matformer(run.model, trunk=PlainHost(run).build_trunk())
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval().requires_grad_(False)
+
+
+def given_image() -> MediaSpan:
+    latent = np.random.default_rng(1).standard_normal((2, 4, 4), dtype=np.float32)
+    return media_span(latent, "image", media=IMAGE, role="given")
+
+
+def arbitrary_bytes(count: int, *, seed: int) -> bytes:
+    draws = np.random.default_rng(seed)
+    return bytes(np.where(draws.random(count) < 0.5, draws.integers(0, 256, count), ord("a")).astype(np.uint8))
+
+
+@pytest.mark.parametrize("kind", ["static", "space"])
+def test_logits_in_generation_are_those_of_the_whole_document(kind: str) -> None:
+    run = config(kind)
+    model, patcher = random_model(run), build_patcher(run.data.patcher)
+    data = [arbitrary_bytes(37, seed=2), arbitrary_bytes(24, seed=3), arbitrary_bytes(31, seed=4)]
+    rows = [Row(0), Row(1, spans=(given_image(),)), Row(2, prompt=data[2][:9])]
+    documents = [
+        Document(f"d{i}", (*row.spans, text_span(one, patcher))) for i, (row, one) in enumerate(zip(rows, data))
+    ]
+    batch = build_batch(documents, model=run.model, sequence_latents=run.data.sequence_latents)
+    forced = model.code["text"](model.latents(batch).flatten(0, 1), batch.text)
+    of_row = forced.split([len(one) + 1 for one in data])
+
+    writer = TextWriter(model, rows, config=run)
+    for i in range(max(map(len, data)) + 1):
+        pens = [(pen, one, want) for pen, one, want in zip(writer.pens, data, of_row) if len(pen.data) < len(one)]
+        pens += [(p, o, w) for p, o, w in zip(writer.pens, data, of_row) if len(p.data) == len(o) and not p.ended]
+        if not pens:
+            break
+        for (pen, one, want), logits in zip(pens, writer.logits([pen for pen, _, _ in pens]), strict=True):
+            assert torch.allclose(logits, want[len(pen.data)], atol=1e-4, rtol=1e-4)
+            pen.push((*one, END)[len(pen.data)])
+    assert all(pen.ended for pen in writer.pens)
+    for pen, one in zip(writer.pens, data):
+        assert np.array_equal(pen.span().patch_lengths, text_span(one, patcher).patch_lengths)
+
+
+def test_text_is_the_prompt_and_stops_at_end_bytes_or_room() -> None:
+    run = config(latents=12)
+    model = random_model(run)
+    rows = [Row(0, prompt=b"abc"), Row(1, prompt=b"a" * 41), Row(2)]
+    short, full, empty = write_texts(model, rows, config=run, draws=Draws(max_bytes=9, temperature=1.0, top_p=1.0))
+    assert short.data.startswith(b"abc") and 3 < len(short.data) <= 12
+    assert full.data.startswith(b"a" * 41) and full.patch_lengths.sum() <= 4 * 11
+    assert len(empty.data) >= 1
+    for span in (short, full, empty):
+        assert span.patch_lengths.sum() == len(span.data) + span.ended
+    model.code["text"].head.weight.zero_()
+    with torch.no_grad():
+        model.code["text"].head.weight[END] = 1.0
+        model.code["text"].output_norm.weight.fill_(0.0)
+    (span,) = write_texts(model, [Row(0)], config=run, draws=Draws(temperature=0.0))
+    assert span.data == b"\0" or len(span.data) >= 1
+    with pytest.raises(ParcelError, match="shorten"):
+        write_texts(model, [Row(0, prompt=b"a" * 60)], config=run, draws=Draws())
+
+
+def test_answers_follow_temperature_mass_and_law() -> None:
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05, 1e-30]))
+    logits[4] = -np.inf
+    dice = generator(0, "test")
+
+    def drawn(**options: float) -> np.ndarray:
+        answers = [draw_answer(logits, draws=Draws(**options), dice=dice) for _ in range(4000)]
+        return np.bincount(answers, minlength=5) / 4000
+
+    assert drawn(temperature=0.0)[0] == 1
+    assert np.allclose(drawn(temperature=1.0, top_p=1.0), [0.5, 0.3, 0.15, 0.05, 0], atol=0.03)
+    assert np.allclose(drawn(temperature=1.0, top_p=0.7), [0.625, 0.375, 0, 0, 0], atol=0.03)
+    sharp = np.array([0.5, 0.3, 0.15, 0.05, 0]) ** 2
+    assert np.allclose(drawn(temperature=0.5, top_p=1.0), sharp / sharp.sum(), atol=0.03)
+
+
+def test_euler_steps_are_those_of_diffusers() -> None:
+    draws = torch.Generator().manual_seed(0)
+    velocities, x = torch.randn(7, 5, 3, generator=draws), torch.randn(5, 3, generator=draws)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 7, 7).tolist())
+    theirs = x
+    for time, velocity in zip(scheduler.timesteps, velocities, strict=True):
+        theirs = scheduler.step(velocity, time, theirs).prev_sample
+    times = []
+
+    def velocity(_: Tensor, time: float) -> Tensor:
+        times.append(time)
+        return velocities[len(times) - 1]
+
+    assert torch.allclose(denoise(velocity, x, steps=7), theirs, atol=1e-5)
+    assert np.allclose(times, scheduler.timesteps.numpy() / 1000, atol=1e-6)
+
+
+class GaussianCoda(Coda[MediaUnits]):
+    """The exact velocity E[eps - x | x_t] of x ~ N(mean, spread^2), read off the noised rows and their time."""
+
+    def __init__(self, mean: float, spread: float) -> None:
+        super().__init__()
+        self.mean, self.spread = mean, spread
+
+    def forward(self, latent_LH: Float[Tensor, "L H"], units: MediaUnits) -> Float[Tensor, "Qn F"]:
+        x_t, time = noised_rows(units)
+        level = time[:, None]
+        variance = (1 - level) ** 2 * self.spread**2 + level**2
+        surprise = (x_t - (1 - level) * self.mean) / variance
+        return level * surprise - (self.mean + (1 - level) * self.spread**2 * surprise)
+
+
+@pytest.mark.parametrize(("solver", "tolerance"), [("euler", 0.03), ("heun", 0.004)])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_the_exact_velocity_of_a_gaussian_gives_its_mean_and_spread(
+    solver: str, tolerance: float, guidance: float
+) -> None:
+    """The way of a Gaussian's flow is known: x_0 = mean + spread * x_1."""
+    run = config()
+    model = random_model(run)
+    model.code["image"] = GaussianCoda(0.7, 0.4)
+    rows = [Row(i, spans=(given_image(),)) for i in range(3)]
+    draws = Draws(steps=100, guidance=guidance, solver=solver)
+    spans = draw_media(model, rows, modality="image", buckets=[1, 0, 1], config=run, draws=draws)
+    assert [span.latent.shape for span in spans] == [(2, 4, 4), (2, 2, 2), (2, 4, 4)]
+    from matformer.layers.patchify import patchify
+
+    for row, span in zip(rows, spans, strict=True):
+        x_0 = patchify(torch.from_numpy(span.latent), rank=2, patch=2).numpy()
+        x_1 = generator(0, "sample", "image", row.number, 1).standard_normal(x_0.shape, dtype=np.float32)
+        assert np.abs(x_0 - (0.7 + 0.4 * x_1)).max() < tolerance
+
+
+def test_guidance_mixes_the_velocities_with_and_without_the_condition() -> None:
+    run = config()
+    model, patcher = random_model(run), build_patcher(run.data.patcher)
+    empty = media_span(np.zeros((3, 8), np.float32), "audio", media=AUDIO, role="generate")
+    documents = [Document(f"d{i}", (text_span(text, patcher), empty)) for i, text in enumerate((b"one", b"longer one"))]
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+
+    def velocity(guidance: float, documents: list[Document] = documents) -> Tensor:
+        batch = denoising_batch(documents, config=run, guided=guidance != 1)
+        return guided_velocity(model, batch, modality="audio", guidance=guidance)(x, 0.6)
+
+    seeing, blind = velocity(1.0), velocity(0.0)
+    assert torch.allclose(velocity(3.0), blind + 3 * (seeing - blind), atol=1e-4)
+    assert (seeing - blind).abs().max() > 1e-2
+    others = [Document(f"d{i}", (text_span(text, patcher), empty)) for i, text in enumerate((b"two", b"LONGER two"))]
+    assert torch.allclose(velocity(0.0, others), blind, atol=1e-5)
+    assert (velocity(1.0, others) - seeing).abs().max() > 1e-2
+
+
+def test_the_velocity_in_sampling_is_that_of_training() -> None:
+    """x_t = (1 - t) x + t eps of a training batch, put in as x_t, gives the training batch's velocity."""
+    run = config()
+    model, patcher = random_model(run), build_patcher(run.data.patcher)
+    from dataclasses import replace
+
+    latent = np.random.default_rng(5).standard_normal((2, 4, 4), dtype=np.float32)
+    document = Document(
+        "d", (given_image(), text_span(b"words", patcher), media_span(latent, "image", media=IMAGE, role="generate"))
+    )
+    batch = build_batch([document], model=run.model, sequence_latents=64)
+    units = batch.media["image"]
+    noise = torch.randn(units.noise_NF.shape, generator=torch.Generator().manual_seed(0))
+    trained = replace(units, noise_NF=noise, time_J=torch.tensor([0.0, 0.3]))
+    trained_batch = replace(batch, media={**batch.media, "image": trained})
+    want = model.code["image"](model.latents(trained_batch).flatten(0, 1), trained)
+    x_t, _ = noised_rows(trained)
+    fresh = denoising_batch([document], config=run, guided=False)
+    found = guided_velocity(model, fresh, modality="image", guidance=1.0)(x_t, 0.3)
+    assert torch.allclose(found, want, atol=1e-4)
+
+
+def test_the_router_gives_only_what_is_legal_and_fits() -> None:
+    run = config(latents=16)
+    model, patcher = random_model(run), build_patcher(run.data.patcher)
+    text = text_span(b"a caption", patcher)
+    rows = [Row(i, spans=spans) for i, spans in enumerate([(), (text,), (given_image(),)] * 40)]
+    draws = Draws(temperature=50.0, top_p=1.0)
+    answers = ask(model, rows, want="auto", config=run, draws=draws)
+    kinds = [{answer.modality for answer in answers[first::3]} for first in range(3)]
+    assert kinds == [{"text", "image", "audio"}, {"image", "audio", None}, {"text", "image", "audio", None}]
+    assert {answer.bucket for answer in ask(model, rows, want="image", config=run, draws=draws)} == {0, 1}
+    tight = Row(0, spans=(text_span(b"a" * 44, patcher),))  # 13 latents: three are left
+    assert {
+        ask(model, [replace_number(tight, n)], want="image", config=run, draws=draws)[0].bucket for n in range(20)
+    } == {0}
+    with pytest.raises(ParcelError, match="shorten"):
+        ask(model, [tight], want="audio", config=run, draws=draws)
+
+
+def replace_number(row: Row, number: int) -> Row:
+    return Row(number, spans=row.spans)
+
+
+def test_auto_goes_on_until_the_end_of_the_document_or_the_limit() -> None:
+    run = config()
+    model, patcher = random_model(run), build_patcher(run.data.patcher)
+    rows = [Row(i, spans=(text_span(b"a caption", patcher),)) for i in range(12)]
+    draws = Draws(temperature=3.0, top_p=1.0, max_bytes=6, steps=2)
+    continue_rows(model, rows, want="auto", config=run, draws=draws, max_spans=3)
+    counts = [len(row.spans) - 1 for row in rows]
+    assert max(counts) == 3 and min(counts) < 3
+    assert {type(span) for row in rows for span in row.spans[1:]} == {MediaSpan, TextSpan}
+    for row in rows:
+        texts = [isinstance(span, TextSpan) for span in row.spans]
+        assert not any(one and other for one, other in zip(texts[:-1], texts[1:], strict=True))
+
+
+def test_a_seed_names_its_samples_whoever_stands_beside_them() -> None:
+    run = config()
+    model, patcher = random_model(run), build_patcher(run.data.patcher)
+
+    def sampled(seed: int, numbers: list[int]) -> list[Row]:
+        rows = [Row(number, spans=(text_span(b"caption", patcher),)) for number in numbers]
+        continue_rows(model, rows, want="image", config=run, draws=Draws(seed=seed, steps=3))
+        return rows
+
+    def latents(rows: list[Row]) -> list[np.ndarray]:
+        return [span.latent for row in rows for span in row.spans if isinstance(span, MediaSpan)]
+
+    once, again, alone, other = (
+        latents(sampled(*asked)) for asked in ((7, [0, 1]), (7, [0, 1]), (7, [1]), (8, [0, 1]))
+    )
+    assert all(np.array_equal(one, two) for one, two in zip(once, again, strict=True))
+    assert np.allclose(once[1], alone[0], atol=1e-4)
+    assert once[0].shape != other[0].shape or not np.allclose(once[0], other[0], atol=1e-2)
+
+    prompts = [Row(0, prompt=b"abc"), Row(1, prompt=b"abc")]
+    texts = [write_texts(model, prompts, config=run, draws=Draws(seed=3, max_bytes=20)) for _ in range(2)]
+    assert [span.data for span in texts[0]] == [span.data for span in texts[1]]
+    assert texts[0][0].data != texts[0][1].data
