@@ -23,19 +23,25 @@ def pictures(samples: Tree, folder: Path) -> str:
     listed = samples.get("image", [])
     if not listed:
         return page.missing(title, "No images here: samples/samples.json lists none.")
-    cards = [
-        f"<figure>{_trio(folder, one)}<figcaption>{page.text(one.get('caption', ''))}</figcaption></figure>"
-        for one in listed
-    ]
-    lead = "A held-out picture, the same through the autoencoder alone, and what the model draws from the caption."
+    kinds = _kinds(listed)
+    cards = []
+    for one in listed:
+        words = page.text(one.get("caption", ""))
+        cards.append(f"<figure>{_trio(folder, one, kinds=kinds)}<figcaption>{words}</figcaption></figure>")
+    lead = "A held-out picture as the data keep it, through the autoencoder, and what the model draws from the caption."
     return page.section(title, page.grid(cards, cell="260px"), lead=lead)
 
 
 _KINDS = ("real", "reconstructed", "generated")
 
 
-def _trio(folder: Path, one: Tree) -> str:
-    cells = [f"<div>{_picture(folder, one.get(kind), alt=kind)}<span>{kind}</span></div>" for kind in _KINDS]
+def _kinds(listed: list[Tree]) -> list[str]:
+    """Columns that any sample fills: data that were only kept as latents have nothing real to show."""
+    return [kind for kind in _KINDS if any(one.get(kind) for one in listed)] or ["generated"]
+
+
+def _trio(folder: Path, one: Tree, *, kinds: list[str]) -> str:
+    cells = [f"<div>{_picture(folder, one.get(kind), alt=kind)}<span>{kind}</span></div>" for kind in kinds]
     return f'<div class="trio">{"".join(cells)}</div>'
 
 
@@ -52,9 +58,9 @@ def sounds(samples: Tree, folder: Path) -> str:
         return page.missing(title, "No sound here: samples/samples.json lists none.")
     cards = []
     for one in listed:
-        players = "".join(_player(folder, one.get(kind), kind=kind) for kind in _KINDS)
+        players = "".join(_player(folder, one.get(kind), kind=kind) for kind in _kinds(listed))
         cards.append(f'<h3>{page.text(one.get("transcript", ""))}</h3><div class="players">{players}</div>')
-    lead = "A held-out recording, the same through the autoencoder alone, and what the model says from the transcript."
+    lead = "A held-out recording as the data keep it, through the autoencoder, and what the model says from the transcript."
     return page.section(title, page.grid(cards, cell="100%"), lead=lead)
 
 

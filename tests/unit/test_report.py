@@ -217,3 +217,13 @@ def test_the_last_evaluation_counts(run: Path) -> None:
     (run / "evaluation.json").write_text(json.dumps({"step": 60, "heldout/captions/audio_gain": 0.0123}))
     page = read(run)
     assert "Captions used: audio" in page and "0.012" in page
+
+
+def test_a_column_that_no_sample_fills_is_left_out(run: Path) -> None:
+    index = run / "samples" / "samples.json"
+    samples = json.loads(index.read_text())
+    samples["image"] = [{**one, "real": None} for one in samples["image"]]
+    index.write_text(json.dumps(samples))
+    page = read(run)
+    assert page.count("<span>reconstructed</span>") == 2 + 2
+    assert page.count("<span>real</span>") == 2
