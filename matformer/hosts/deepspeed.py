@@ -93,12 +93,22 @@ def full_to_stored(parameter: nn.Parameter, full: Tensor, *, dp_rank: int) -> Te
     return torch.nn.functional.pad(flat, (0, size - flat.numel()))
 
 
+def _masters(zero: Any) -> list[Tensor]:  # noqa: ANN401
+    """This rank's flat float32 masters, by whichever of DeepSpeed's optimizers holds them."""
+    names = (
+        "fp32_partitioned_groups_flat",  # ZeRO 3
+        "single_partition_of_fp32_groups",  # ZeRO 1 and 2
+        "fp32_groups_flat_partition",  # ZeRO 1 in bfloat16 with float32 accumulation
+    )
+    return next(getattr(zero, name) for name in names if hasattr(zero, name))
+
+
 @torch.no_grad()
 def make_room_for_moments(engine: Any, step: int) -> None:  # noqa: ANN401
     """Give a fresh engine's flat partitions AdamW state, so that moments can be written into it."""
     zero = engine.optimizer
     stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
-    for flat in zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups:
+    for flat in _masters(zero):
         state = {key: torch.zeros_like(flat) for key in MOMENTS}
         zero.optimizer.state[flat] = {"step": torch.tensor(float(step)), **state}
     if not stage3:
