@@ -60,7 +60,7 @@ def sounds(samples: Tree, folder: Path) -> str:
     for one in listed:
         players = "".join(_player(folder, one.get(kind), kind=kind) for kind in _kinds(listed))
         cards.append(f'<h3>{page.text(one.get("transcript", ""))}</h3><div class="players">{players}</div>')
-    lead = "A held-out recording as the data keep it, through the autoencoder, and what the model says from the transcript."
+    lead = "A held-out recording as the data keep it, through the autoencoder, and what the model says from its text."
     return page.section(title, page.grid(cards, cell="100%"), lead=lead)
 
 
