@@ -1,0 +1,149 @@
+"""Tiny models and documents, made from seeds: the same in every process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from matformer.config.schema import (
+    AttoConfig,
+    DataConfig,
+    MediaConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    SourceConfig,
+    TextConfig,
+    TrainConfig,
+)
+from matformer.data.packing import Piece, Place, build_batch, draw_zeros, pack_batch, with_noise
+from matformer.data.patching import StaticPatcher
+from matformer.data.sources import Document, MediaSpan, Role, media_span, merge_spans
+from matformer.hosts.plain import PlainHost
+from matformer.model import Matformer
+from matformer.parcels import Batch
+
+PATCHER = StaticPatcher(3)
+LENGTH = 48  # latents of a sequence
+
+
+def tiny_model(*, layers: int = 2) -> ModelConfig:
+    """Two media, two buckets each; grouped heads; every rotary axis has a pair."""
+    atto = AttoConfig(width=32, layers=layers, heads=4, kv_heads=2, ffn_width=48, rotary_pairs=(1, 1, 1, 1))
+    text = TextConfig(width=16, heads=2, ffn_width=24, preludio_layers=1, coda_layers=2, window=5)
+    image = MediaConfig(channels=2, rank=2, patch=2, buckets=((4, 4), (4, 8)), coda_width=16)
+    audio = MediaConfig(channels=3, rank=1, patch=2, buckets=((8,), (16,)), coda_width=16, coda_layers=1)
+    return ModelConfig(atto=atto, text=text, media={"image": image, "audio": audio})
+
+
+def tiny_run(*, layers: int = 2, train: dict[str, Any] | None = None, **parallel: Any) -> RunConfig:
+    """A run of the tiny model: four microbatches of two sequences a step, AdamW, no clipping.
+
+    epsilon 1e-5: with 1e-8 AdamW turns the sign of a rounding error into a whole step.
+    """
+    numbers = {"steps": 10, "global_batch": 8, "micro_batch": 2, "lr": 3e-3, "clip": 0.0, "epsilon": 1e-5}
+    source = SourceConfig(path="made", form="text", weight=1.0)
+    return RunConfig(
+        name="made",
+        model=tiny_model(layers=layers),
+        data=DataConfig(root="made", lanes=8, sequence_latents=LENGTH, sources={"made": source}),
+        parallel=ParallelConfig(timeout_seconds=60, threads=1, **parallel),
+        train=TrainConfig.model_validate(numbers | (train or {})),
+    )
+
+
+MODEL = tiny_model()
+
+
+def image(seed: int, *, role: Role = "generate", wide: bool = False) -> MediaSpan:
+    latent = np.random.default_rng(seed).standard_normal((2, 4, 8 if wide else 4), dtype=np.float32)
+    return media_span(latent, "image", media=MODEL.media["image"], role=role)
+
+
+def audio(seed: int, *, role: Role = "generate", long: bool = False) -> MediaSpan:
+    latent = np.random.default_rng(seed).standard_normal((3, 16 if long else 8), dtype=np.float32)
+    return media_span(latent, "audio", media=MODEL.media["audio"], role=role)
+
+
+def document(key: str, *spans: bytes | MediaSpan) -> Document:
+    return Document(key, merge_spans(spans, PATCHER))
+
+
+def mixed_documents() -> list[Document]:
+    """Eight documents: every role, both buckets of each modality, media first, last and in the middle."""
+    return [
+        document("a", b"a red square ", image(1), b" on grass"),
+        document("b", audio(2, role="given"), b"they say hello"),
+        document("c", b"only text, a little longer than the window"),
+        document("d", b"a long sound", audio(3, long=True)),
+        document("e", image(4, role="given", wide=True), b"and", audio(5), b"x"),
+        document("f", b"\x00\xff\xc3\xa9"),
+        document("g", b"wide", image(6, wide=True)),
+        document("h", b"two: ", image(7), image(8), b" end"),
+    ]
+
+
+def one_a_row(documents: Sequence[Document], *, length: int = LENGTH, time: float = 0.4) -> Batch:
+    """Each document alone in a row, padded; noise drawn from the document's key."""
+    return with_noise(build_batch(documents, model=MODEL, sequence_latents=length), time=time, seed=0, index=0)
+
+
+def packed(rows: Sequence[Sequence[Document]], *, length: int, time: float = 0.4) -> Batch:
+    """Whole documents, several a row; noise drawn from the document's key."""
+    pieces = [[Piece(document, Place(), Place(len(document.spans))) for document in row] for row in rows]
+    batch = pack_batch(pieces, [draw_zeros] * len(rows), model=MODEL, sequence_latents=length)
+    return with_noise(batch, time=time, seed=0, index=0)
+
+
+def text_only(seed: int) -> Batch:
+    """Two rows of bytes."""
+    draws = np.random.default_rng(seed)
+    return one_a_row([document(f"t{seed}.{i}", draws.bytes(int(draws.integers(5, 90)))) for i in range(2)])
+
+
+def with_images(seed: int) -> Batch:
+    """Two rows, one generated and one given image; no audio."""
+    generated = document(f"i{seed}.0", b"image %d " % seed, image(seed), b" after")
+    given = document(f"i{seed}.1", image(seed + 1, role="given", wide=True), b"caption %d" % seed)
+    return one_a_row([generated, given], time=0.3)
+
+
+def with_audio(seed: int) -> Batch:
+    """Two rows, one generated and one given sound; no image."""
+    generated = document(f"s{seed}.0", b"sound %d" % seed, audio(seed, long=True))
+    given = document(f"s{seed}.1", audio(seed + 1, role="given"), b"says %d" % seed)
+    return one_a_row([generated, given], time=0.7)
+
+
+def with_both(seed: int) -> Batch:
+    """Two rows: an image and a sound in one document, and a blind image."""
+    first = document(f"b{seed}.0", b"both", image(seed), audio(seed), b"%d" % seed)
+    blind = build_batch(
+        [first, document(f"b{seed}.1", b"blind", image(seed + 2), b"!")],
+        model=MODEL,
+        sequence_latents=LENGTH,
+        blind=True,
+    )
+    return with_noise(blind, time=0.5, seed=0, index=0)
+
+
+def stirred_value(name: str, value: Tensor) -> Tensor:
+    """A weight away from its start (zeros and ones hide faults: a zero last layer passes no gradient on)."""
+    seed = sum((i + 1) * byte for i, byte in enumerate(name.encode()))
+    return value + 0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def plain_host(config: RunConfig, *, stirred: bool = True) -> PlainHost:
+    """The tiny model on one rank in plain PyTorch, its weights stirred."""
+    host = PlainHost(config)
+    model = Matformer(config.model, trunk=host.build_trunk())
+    host.prepare(model)
+    if stirred:
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                weight.copy_(stirred_value(name, weight))
+    return host

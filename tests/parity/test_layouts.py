@@ -1,0 +1,134 @@
+"""Any layout is the same run: losses of three steps, and every gradient, against plain PyTorch on one rank.
+
+Gradients are read from the first moment of the first AdamW step, exp_avg / (1 - beta1): what the optimizer was given,
+through every ZeRO stage. Weights are stirred first, since a last layer of zeros passes no gradient on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from matformer.config.schema import RunConfig
+from tests.made import text_only, tiny_run, with_audio, with_both, with_images
+from tests.ranks import cases
+from tests.ranks.cases import GlobalBatch, Trained
+from tests.ranks.launcher import Ranks
+from tests.tolerances import BFLOAT16_LOSS, GRADIENT, LOSS
+
+World = Callable[[int], Ranks]
+LAYERS = 4
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one rank": {},
+    "tp2": {"tp": 2},
+    "tp2 sequence parallel": {"tp": 2, "sequence_parallel": True},
+    "tp2 zero2": {"tp": 2, "zero_stage": 2},
+    "pp2": {"pp": 2},
+    "dp2": {"dp": 2},
+    "dp2 zero2": {"dp": 2, "zero_stage": 2},
+    "dp2 zero3": {"dp": 2, "zero_stage": 3},
+    "tp2 pp2 sequence parallel": {"tp": 2, "pp": 2, "sequence_parallel": True},
+    "tp2 dp2": {"tp": 2, "dp": 2},
+    "tp2 dp2 zero3": {"tp": 2, "dp": 2, "zero_stage": 3},
+    "pp2 dp2": {"pp": 2, "dp": 2},
+}
+
+
+def run_of(name: str, **train: Any) -> RunConfig:
+    """The run of a layout."""
+    return tiny_run(layers=LAYERS, train=train, **LAYOUTS[name])
+
+
+@cache
+def mixed_steps() -> list[GlobalBatch]:
+    """Three global batches of four microbatches that differ in everything: counts, modalities, blind spans."""
+    return [
+        [with_both(10 * step + 1), text_only(10 * step + 2), with_images(10 * step + 3), with_audio(10 * step + 4)]
+        for step in range(3)
+    ]
+
+
+@cache
+def uneven_steps() -> list[GlobalBatch]:
+    """With dp 2 (microbatches 0, 2 and 1, 3): rank 0 has no image, rank 1 no audio; in the last step no media exist."""
+    return [
+        [with_audio(1), with_images(2), with_audio(3), with_images(4)],
+        [text_only(5), with_images(6), with_audio(7), text_only(8)],
+        [text_only(9), text_only(10), text_only(11), text_only(12)],
+    ]
+
+
+@cache
+def reference(which: Callable[[], list[GlobalBatch]], **train: Any) -> Trained:
+    """The plain run of these steps."""
+    return cases.train_plain(tiny_run(layers=LAYERS, train=train), which())
+
+
+def assert_same_run(ranks: Sequence[Trained], plain: Trained) -> None:
+    """Losses and gradient norms on every rank, and every gradient, each held by exactly one rank."""
+    for trained in ranks:
+        np.testing.assert_allclose(trained.losses, plain.losses, rtol=LOSS)
+        np.testing.assert_allclose(trained.norms, plain.norms, rtol=LOSS)
+    assert sorted(name for trained in ranks for name in trained.gradients) == sorted(plain.gradients)
+    for trained in ranks:
+        for name, gradient in trained.gradients.items():
+            expected = plain.gradients[name]
+            assert gradient.shape == expected.shape, name
+            difference, largest = np.abs(gradient - expected).max(), np.abs(expected).max()
+            assert difference <= GRADIENT * largest, f"{name}: {difference} of {largest}"
+
+
+def test_the_steps_move_every_parameter() -> None:
+    gradients = reference(mixed_steps).gradients
+    assert [name for name, gradient in gradients.items() if not gradient.any()] == []
+
+
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_a_layout_gives_the_losses_and_every_gradient_of_one_rank(name: str, world: World) -> None:
+    config = run_of(name)
+    trained = world(config.parallel.ranks).run(cases.train_ranks, config, mixed_steps())
+    assert_same_run(trained, reference(mixed_steps))
+
+
+@pytest.mark.parametrize("name", ["tp2", "pp2", "dp2 zero2", "dp2 zero3"])
+def test_clipping_takes_the_norm_of_the_whole_gradient(name: str, world: World) -> None:
+    plain = reference(mixed_steps, clip=0.5)
+    assert min(plain.norms) > 0.5
+    config = run_of(name, clip=0.5)
+    assert_same_run(world(config.parallel.ranks).run(cases.train_ranks, config, mixed_steps()), plain)
+
+
+@pytest.mark.parametrize("name", ["dp2", "dp2 zero2", "dp2 zero3"])
+def test_a_rank_without_a_modality_neither_hangs_nor_shifts_the_mean(name: str, world: World) -> None:
+    trained = world(2).run(cases.train_ranks, run_of(name), uneven_steps(), limit_seconds=45.0)
+    assert_same_run(trained, reference(uneven_steps))
+
+
+@pytest.mark.parametrize(
+    ("fault", "name"),
+    [
+        ("head norms apart", "tp2"),
+        ("stream norms apart", "tp2 sequence parallel"),
+        ("means of ranks", "dp2"),
+    ],
+)
+def test_a_planted_fault_is_seen(fault: str, name: str, world: World) -> None:
+    trained = world(2).run(cases.train_ranks, run_of(name), mixed_steps(), fault)
+    with pytest.raises(AssertionError):
+        assert_same_run(trained, reference(mixed_steps))
+
+
+@pytest.mark.parametrize("name", ["dp2", "tp2"])
+def test_bfloat16_learns_what_float32_learns(name: str, world: World) -> None:
+    steps = mixed_steps()[:1] * 8
+    plain = cases.train_plain(tiny_run(layers=LAYERS), steps)
+    config = tiny_run(layers=LAYERS, dtype="bfloat16", **LAYOUTS[name])
+    trained = world(2).run(cases.train_ranks, config, steps)
+    assert trained[0].losses == trained[1].losses
+    assert trained[0].losses[-1] < 0.8 * trained[0].losses[0]
+    np.testing.assert_allclose(trained[0].losses, plain.losses, rtol=BFLOAT16_LOSS)

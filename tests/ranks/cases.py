@@ -1,0 +1,203 @@
+"""What ranks are asked to do in parity tests. Everything crosses the pipe as numbers and arrays."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from megatron.core import parallel_state
+
+    from matformer.hosts.hosted import MegatronHost
+    from matformer.hosts.megatron import AttoNorm, HeadNorm
+
+import matformer.engine.step as step_room
+from matformer.checkpoint.store import Checkpoint, save
+from matformer.config.schema import RunConfig
+from matformer.engine.average import Average
+from matformer.engine.step import metrics_row, optimizer_step
+from matformer.hosts.base import Host
+from matformer.model import Matformer
+from matformer.parallel.groups import Groups
+from matformer.parcels import Batch
+from tests.made import plain_host
+
+GlobalBatch = Sequence[Batch]  # the microbatches of one step, over all data-parallel ranks
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a few steps gave on one rank; gradients (of the first step) and weights: what this rank owns of them."""
+
+    losses: list[float]
+    norms: list[float]
+    gradients: Arrays
+    weights: Arrays
+
+
+def train_plain(config: RunConfig, steps: Sequence[GlobalBatch]) -> Trained:
+    """The reference: one rank, plain PyTorch, all microbatches."""
+    torch.set_num_threads(1)
+    return _train(plain_host(config), config, steps)
+
+
+def train_ranks(config: RunConfig, steps: Sequence[GlobalBatch], fault: str = "") -> Trained:
+    """The same under a layout; `fault` plants an error that the comparison must see."""
+    with hosted(config) as host, FAULTS[fault](host):
+        return _train(host, config, steps)
+
+
+def share(batches: GlobalBatch, groups: Groups) -> GlobalBatch:
+    """A rank's microbatches of a global batch."""
+    return batches[groups.dp_rank :: groups.dp_size]
+
+
+def _train(host: Host, config: RunConfig, steps: Sequence[GlobalBatch]) -> Trained:
+    losses, norms, gradients = [], [], {}
+    for number, batches in enumerate(steps):
+        numbers = optimizer_step(host, share(batches, host.groups), config=config, step=number)
+        assert not numbers.skipped
+        losses.append(metrics_row(numbers, config)["loss"])
+        norms.append(numbers.grad_norm)
+        if number == 0:
+            first = host.state().moments["exp_avg"]
+            gradients = _arrays({name: value / (1 - config.train.betas[0]) for name, value in first.items()})
+    return Trained(losses, norms, gradients, _arrays(host.state().weights))
+
+
+def _arrays(tensors: Mapping[str, torch.Tensor]) -> Arrays:
+    return {name: tensor.detach().float().numpy().copy() for name, tensor in tensors.items()}
+
+
+@contextmanager
+def hosted(config: RunConfig) -> Iterator[MegatronHost]:
+    """A host with stirred weights; afterwards the groups are taken down, so that the next layout can begin."""
+    torch.set_num_threads(1)
+    host = MegatronHost(config)
+    model = Matformer(
+        config.model, trunk=host.build_trunk(), is_first=host.groups.is_first, is_last=host.groups.is_last
+    )
+    host.prepare(model)
+    reference = dict(plain_host(config).state().weights)
+
+    def read(keys: Sequence[str]) -> dict[str, torch.Tensor]:
+        found = {}
+        for key in keys:
+            kind, name = key.split("/", 1)
+            found[key] = reference[name] if kind == "weights" else torch.zeros_like(reference[name])
+        return found
+
+    host.load(read, step=0)
+    try:
+        yield host
+    finally:
+        host.engine.destroy()
+        parallel_state.destroy_model_parallel()
+
+
+@contextmanager
+def no_fault(host: MegatronHost) -> Iterator[None]:
+    """As it is."""
+    yield
+
+
+@contextmanager
+def head_norms_apart(host: MegatronHost) -> Iterator[None]:
+    """Query and key norms keep the gradient of their own heads: no sum over TP."""
+    for module in host.model.modules():
+        if isinstance(module, HeadNorm):
+            module.shared = False
+    yield
+
+
+@contextmanager
+def stream_norms_apart(host: MegatronHost) -> Iterator[None]:
+    """Under sequence parallelism the residual stream's norms keep the gradient of their own positions."""
+    for module in host.model.modules():
+        if isinstance(module, AttoNorm) and not isinstance(module, HeadNorm):
+            module.shared = False
+    yield
+
+
+@contextmanager
+def means_of_ranks(host: MegatronHost) -> Iterator[None]:
+    """Each rank divides by its own counts; then ranks are averaged: wrong wherever counts differ."""
+    counted = step_room.global_counts
+
+    def local_counts(batches: Sequence[Batch], groups: Groups) -> dict[str, float]:
+        return {name: value * groups.dp_size for name, value in counted(batches, Groups()).items()}
+
+    step_room.global_counts = local_counts
+    try:
+        yield
+    finally:
+        step_room.global_counts = counted
+
+
+FAULTS: dict[str, Callable[[MegatronHost], contextmanager]] = {  # pyright: ignore
+    "": no_fault,
+    "head norms apart": head_norms_apart,
+    "stream norms apart": stream_norms_apart,
+    "means of ranks": means_of_ranks,
+}
+
+
+def train_and_save(config: RunConfig, steps: Sequence[GlobalBatch], folder: Path) -> float:
+    """Train under a layout with an average beside, save; the loss of the step that would come next."""
+    with hosted(config) as host:
+        average = Average(host, decay=0.9)
+        for number, batches in enumerate(steps[:-1]):
+            optimizer_step(host, share(batches, host.groups), config=config, step=number)
+            average.update(number + 1)
+        state = host.state()
+        tensors = {f"weights/{name}": value for name, value in state.weights.items()}
+        for moment, values in state.moments.items():
+            tensors |= {f"{moment}/{name}": value for name, value in values.items()}
+        tensors |= {f"ema/{name}": value for name, value in average.state().items()}
+        save(folder, state.step, tensors=tensors, state={"step": state.step}, keep=2)
+        numbers = optimizer_step(host, share(steps[-1], host.groups), config=config, step=len(steps) - 1)
+        return metrics_row(numbers, config)["loss"]
+
+
+def load_and_show(config: RunConfig, path: Path, batches: GlobalBatch, step: int) -> tuple[dict[str, Arrays], float]:
+    """Load a checkpoint under a layout: what this rank owns of it, and the loss of the next step."""
+    with hosted(config) as host:
+        return show_loaded(host, config, path, batches, step)
+
+
+def show_loaded(
+    host: Host, config: RunConfig, path: Path, batches: GlobalBatch, step: int
+) -> tuple[dict[str, Arrays], float]:
+    """The same for a host that is there."""
+    average = Average(host, decay=0.9)
+    checkpoint = Checkpoint(path)
+    host.load(checkpoint.read, step=checkpoint.state["step"])
+    average.load(checkpoint.read)
+    state = host.state()
+    held = {"weights": _arrays(state.weights), "ema": _arrays(average.state())}
+    held |= {moment: _arrays(values) for moment, values in state.moments.items()}
+    numbers = optimizer_step(host, share(batches, host.groups), config=config, step=step)
+    return held, metrics_row(numbers, config)["loss"]
+
+
+def sleep_on_rank_one(seconds: float) -> int:
+    """For the launcher's own test."""
+    if os.environ["RANK"] == "1":
+        time.sleep(seconds)
+    return int(os.environ["RANK"])
+
+
+def raise_on_rank_one() -> None:
+    """For the launcher's own test."""
+    if os.environ["RANK"] == "1":
+        raise ValueError("planted")

@@ -1,0 +1,125 @@
+"""Local attention, rotary positions and grouped heads against torch's own dense attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from matformer.layers.attention import AttoView, atto_attention, masked_attention, rotary_tables, rotate
+from matformer.layers.local_attention import LocalAttention, LocalBlock, local_view
+from tests.tolerances import SAME_SUM
+
+HEADS, WIDTH = 2, 8
+
+
+def pieces(sizes: list[int]) -> tuple[Tensor, Tensor]:
+    """Number of the piece, and place in it, of every symbol."""
+    piece = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    return piece, torch.cat([torch.arange(size) for size in sizes])
+
+
+def dense(attention: LocalAttention, x_UD: Tensor, sizes: list[int], *, window: int) -> Tensor:
+    """The same weights, a full matrix with a band for each piece, and rotary positions by complex numbers."""
+    piece, place = pieces(sizes)
+    query, key, value = attention.query_key_value(x_UD).view(len(x_UD), 3, HEADS, -1).unbind(1)
+    half = WIDTH // HEADS // 2
+    angle = place[:, None] * 10_000.0 ** (-torch.arange(half, dtype=x_UD.dtype) / half)
+    turn = torch.polar(torch.ones_like(angle), angle)[:, None]
+
+    def turned(x: Tensor) -> Tensor:
+        y = torch.complex(x[..., :half].contiguous(), x[..., half:].contiguous()) * turn
+        return torch.cat((y.real, y.imag), -1)
+
+    distance = torch.arange(len(x_UD))[:, None] - torch.arange(len(x_UD))
+    band = (piece[:, None] == piece) & (distance >= 0) & (distance < window)
+    query, key, value = (x.transpose(0, 1) for x in (turned(query), turned(key), value))
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=band)
+    return attention.output(out.transpose(0, 1).flatten(1))
+
+
+@pytest.mark.parametrize("window", [1, 4, 5, 7, 64])
+@pytest.mark.parametrize("sizes", [[1], [4], [13], [3, 9, 1, 6], [8, 8], [2, 30, 5]])
+def test_local_attention_is_dense_attention_with_a_band_for_each_piece(sizes: list[int], window: int) -> None:
+    torch.manual_seed(0)
+    attention = LocalAttention(WIDTH, HEADS).double()
+    x = torch.randn(sum(sizes), WIDTH, dtype=torch.float64, requires_grad=True)
+    piece, place = pieces(sizes)
+    got = attention(x, local_view(piece, place, window=window, head_size=WIDTH // HEADS))
+    expected = dense(attention, x, sizes, window=window)
+    torch.testing.assert_close(got, expected, rtol=0, atol=SAME_SUM[torch.float64])
+    weight = torch.randn_like(got)
+    seen, wanted = (torch.autograd.grad((y * weight).sum(), x)[0] for y in (got, expected))
+    torch.testing.assert_close(seen, wanted, rtol=0, atol=SAME_SUM[torch.float64])
+
+
+def test_an_empty_row_runs_and_gives_every_weight_a_gradient_of_zeros() -> None:
+    block = LocalBlock(WIDTH, HEADS, inner=8)
+    none = torch.zeros(0, dtype=torch.long)
+    out = block(torch.zeros(0, WIDTH), local_view(none, none, window=4, head_size=WIDTH // HEADS))
+    assert out.shape == (0, WIDTH)
+    out.sum().backward()
+    for name, weight in block.named_parameters():
+        assert weight.grad is not None and not weight.grad.any(), name
+
+
+def test_a_symbol_sees_its_window_inside_its_piece_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    attention, sizes, window = LocalAttention(WIDTH, HEADS), [6, 5], 3
+    view = local_view(*pieces(sizes), window=window, head_size=WIDTH // HEADS)
+    x = torch.randn(11, WIDTH, requires_grad=True)
+    out = attention(x, view)
+    seen = [
+        torch.autograd.grad(out[i].sum(), x, retain_graph=True)[0].abs().sum(1).nonzero().flatten() for i in range(11)
+    ]
+    firsts = [0] * 6 + [6] * 5
+    assert [s.tolist() for s in seen] == [list(range(max(firsts[i], i - window + 1), i + 1)) for i in range(11)]
+
+
+def test_rotary_scores_depend_on_differences_of_positions_alone() -> None:
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 1, 1, 8, dtype=torch.float64)
+
+    def score(at_query: list[int], at_key: list[int], *, scale: int = 0) -> Tensor:
+        tables = [
+            rotary_tables(torch.tensor([at]) + scale, pairs=(1, 1, 1, 1), bases=(1e4, 1e2, 1e2, 1e2))
+            for at in (at_query, at_key)
+        ]
+        return (rotate(query, tables[0]) * rotate(key, tables[1])).sum()
+
+    here = score([7, 1, 2, 3], [4, 1, 0, 5])
+    torch.testing.assert_close(score([7, 1, 2, 3], [4, 1, 0, 5], scale=100_000), here, rtol=0, atol=1e-9)
+    for axis in range(4):
+        moved = [7, 1, 2, 3]
+        moved[axis] += 1
+        assert (score(moved, [4, 1, 0, 5]) - here).abs() > 1e-3
+
+
+def test_a_pair_turns_by_place_over_a_power_of_the_base() -> None:
+    cos, sin = rotary_tables(torch.tensor([[3, 5]]), pairs=(2, 1), bases=(100.0, 10.0))
+    angle = torch.tensor([[3.0, 0.3, 5.0]], dtype=torch.float64)
+    torch.testing.assert_close(cos, angle.cos())
+    torch.testing.assert_close(sin, angle.sin())
+    turned = rotate(torch.tensor([[1.0, 0, 0, 0, 0, 0]]), (cos[0], sin[0]))
+    torch.testing.assert_close(
+        turned[0, [0, 3]],
+        torch.tensor([3.0, 3.0]).cos() * torch.tensor([1.0, 0])
+        + torch.tensor([3.0, 3.0]).sin() * torch.tensor([0, 1.0]),
+    )
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_grouped_heads_are_torch_grouped_heads(kv_heads: int) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(2, 6, 4, 8, dtype=torch.float64)
+    key, value = torch.randn(2, 2, 6, kv_heads, 8, dtype=torch.float64)
+    visible = torch.rand(2, 6, 6) < 0.5
+    visible |= torch.eye(6, dtype=torch.bool)
+    got = masked_attention(query, key, value, visible_BST=visible)
+    expected = F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (query, key, value)), attn_mask=visible[:, None], enable_gqa=True
+    )
+    torch.testing.assert_close(got, expected.transpose(1, 2), rtol=0, atol=SAME_SUM[torch.float64])
+    still = rotary_tables(torch.zeros(2, 6, 1, dtype=torch.long), pairs=(4,), bases=(10.0,))
+    torch.testing.assert_close(atto_attention(query, key, value, view=AttoView(visible, still)), got)
