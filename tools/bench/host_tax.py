@@ -1,0 +1,104 @@
+"""What the real host costs on one rank: CPU seconds of a training step, megatron + DeepSpeed against plain PyTorch.
+
+    python tools/bench/host_tax.py [--config configs/run/demo.yaml] [--steps 12] [--json] [key=value ...]
+
+Each arm is a process of its own (the plain one never imports megatron, DeepSpeed or the CPU shim), both take the same
+global batches with one thread, in turn: A B, B A, A B, ... The ratio is taken pair by pair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from multiprocessing.connection import Connection
+
+from rich.console import Console
+from rich.table import Table
+
+from matformer.config.check import check
+from matformer.config.load import load_run
+
+WARM_UP = 2
+
+
+def arm(pipe: Connection, config_file: str, overrides: list[str]) -> None:
+    """One arm's process: a step for each request, its CPU and wall seconds in answer."""
+    import torch
+
+    from matformer.data.loader import Loader
+    from matformer.engine.loop import build_host, build_model
+    from matformer.engine.step import optimizer_step
+
+    torch.set_num_threads(1)
+    config = load_run(config_file, overrides)
+    host = build_host(config)
+    model = build_model(host, config)
+    loader = Loader(config, prefetch=False)
+    pipe.send({"parameters": sum(p.numel() for p in model.parameters()), "torch": torch.__version__})
+    while (step := pipe.recv()) is not None:
+        batches = loader.next_global_batch(step)
+        cpu, wall = time.process_time(), time.perf_counter()
+        optimizer_step(host, batches, config=config, step=step)
+        pipe.send((time.process_time() - cpu, time.perf_counter() - wall))
+
+
+def start(host: str, config_file: str, overrides: list[str]) -> tuple[multiprocessing.process.BaseProcess, Connection]:
+    """An arm, ready to step."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=arm, args=(theirs, config_file, [*overrides, f"parallel.host={host}"]), daemon=True)
+    process.start()
+    return process, ours
+
+
+def measure(config_file: str, overrides: list[str], steps: int) -> dict[str, object]:
+    """Seconds of both arms, step by step in turn."""
+    arms = {name: start(name, config_file, overrides)[1] for name in ("megatron", "plain")}
+    facts = {name: pipe.recv() for name, pipe in arms.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for step in range(WARM_UP + steps):
+        for name in list(arms) if step % 2 else reversed(list(arms)):
+            arms[name].send(step)
+            cpu, _ = arms[name].recv()
+            if step >= WARM_UP:
+                seconds[name].append(cpu)
+    for pipe in arms.values():
+        pipe.send(None)
+    ratios = [ours / plain for ours, plain in zip(seconds["megatron"], seconds["plain"], strict=True)]
+    return {
+        "hosted_cpu_s": statistics.median(seconds["megatron"]),
+        "plain_cpu_s": statistics.median(seconds["plain"]),
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "steps": steps,
+        **facts["plain"],
+    }
+
+
+def main() -> int:
+    """Prints a table; with --json one JSON line last."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/run/demo.yaml")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    asked = parser.parse_args()
+    check(load_run(asked.config, asked.overrides))
+    result = measure(asked.config, asked.overrides, asked.steps)
+    table = Table("arm", "CPU seconds a step (median)", title=f"one rank, one thread, {asked.config}")
+    table.add_row("megatron-core + DeepSpeed", f"{result['hosted_cpu_s']:.3f}")
+    table.add_row("plain PyTorch", f"{result['plain_cpu_s']:.3f}")
+    table.add_row("ratio, pair by pair", f"{result['ratio']:.3f} ({result['ratio_min']:.3f} … {result['ratio_max']:.3f})")
+    Console().print(table)
+    if asked.json:
+        sys.stdout.write(json.dumps(result) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
