@@ -11,16 +11,16 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from matformer.checkpoint.manifest import STATE, verify, write_manifest
@@ -35,29 +35,44 @@ def save(folder: Path, step: int, *, tensors: Mapping[str, Tensor], state: Mappi
     Raises CheckpointError (on all ranks) when the disk is full; older checkpoints are untouched then.
     """
     final, writing = folder / f"step-{step:06d}", folder / f".writing-step-{step:06d}"
-    lead = _rank() == 0
     try:
         _check_room(folder, sum(t.numel() * t.element_size() for t in tensors.values()))
-        if lead:
-            shutil.rmtree(writing, ignore_errors=True)
-            writing.mkdir(parents=True)
-        _barrier()
+        _on_lead(lambda: _begin(writing))
         _write_tensors(writing, tensors)
-        if lead:
-            (writing / STATE).write_text(json.dumps(state))
-            write_manifest(writing)
-            shutil.rmtree(final, ignore_errors=True)
-            writing.rename(final)
+        _on_lead(lambda: _commit(writing, final, state=state))
     except (OSError, CheckpointException) as error:
         shutil.rmtree(writing, ignore_errors=True)
         raise CheckpointError(
             f"checkpoint {final} could not be written ({_reason(error)}); free space or change run.folder"
         ) from error
-    _barrier()
-    if lead:
+    if _rank() == 0:
         for old in complete(folder)[:-keep]:
             shutil.rmtree(old)
     return final
+
+
+def _begin(writing: Path) -> None:
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
+
+
+def _commit(writing: Path, final: Path, *, state: Mapping[str, Any]) -> None:
+    (writing / STATE).write_text(json.dumps(state))
+    write_manifest(writing)
+    shutil.rmtree(final, ignore_errors=True)
+    writing.rename(final)
+
+
+def _on_lead(action: Callable[[], None]) -> None:
+    """Rank 0 acts alone and all ranks learn whether it could: none waits for ever. Collective. OSError on all."""
+    failure: OSError | None = None
+    if _rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            failure = error
+    if _over_world(float(failure is not None)) > 0:
+        raise failure or OSError(errno.EIO, "rank 0 could not write")
 
 
 def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -70,14 +85,24 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _check_room(folder: Path, needed: int) -> None:
     """Every rank says what it will write; nobody begins unless it fits."""
-    total = torch.tensor(float(needed), dtype=torch.float64)
+    total = _over_world(float(needed))
+    _on_lead(lambda: _measure(folder, total))
+
+
+def _measure(folder: Path, needed: float) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed * 1.02:
+        raise OSError(errno.ENOSPC, f"{needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free")
+
+
+def _over_world(value: float) -> float:
+    """A number summed over all ranks. Collective."""
+    total = torch.tensor(value, dtype=torch.float64)
     if dist.is_initialized():
         total = total.cuda() if dist.get_backend() == "nccl" else total
         dist.all_reduce(total)
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < float(total) * 1.02:
-        raise OSError(errno.ENOSPC, f"{float(total) / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free")
+    return float(total)
 
 
 def _reason(error: BaseException) -> str:
@@ -113,13 +138,18 @@ def newest_good(folder: Path) -> Path | None:
 
 
 class Checkpoint:
-    """A finished checkpoint, read in pieces by global name."""
+    """A finished checkpoint, read in pieces by global name.
+
+    Each tensor is whole in one of the safetensors files, so it is taken from there: torch's own reader goes through
+    the index of all tensors at every call, which over thousands of names adds up to minutes.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.state: dict[str, Any] = json.loads((path / STATE).read_text())
-        metadata = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-        self.shapes = {name: tuple(entry.size) for name, entry in metadata.items()}  # pyright: ignore
+        self._files = [safe_open(file, framework="pt") for file in sorted(path.glob("*.safetensors"))]
+        self._file_of = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118 - no mapping
+        self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in self._file_of.items()}
 
     def read(self, keys: Sequence[str]) -> dict[str, Tensor]:
         """Global float32 tensors. Local to the rank. Raises CheckpointError naming what the checkpoint lacks."""
@@ -129,17 +159,8 @@ class Checkpoint:
                 f"checkpoint {self.path} holds no {missing[0]}: it belongs to another model; "
                 "change model.* back or choose another run name"
             )
-        tensors = {key: torch.empty(self.shapes[key]) for key in keys}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            load(tensors, storage_reader=HuggingFaceStorageReader(str(self.path)), no_dist=True)
-        return tensors
+        return {key: self._file_of[key].get_tensor(key).float() for key in keys}
 
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
