@@ -22,15 +22,16 @@ from matformer.config.load import load_run
 from matformer.config.schema import RunConfig
 from matformer.data.loader import Loader
 from matformer.engine.average import Average
-from matformer.engine.evaluate import HeldOut
-from matformer.engine.finish import finish
+from matformer.engine.evaluate import HeldOut, evaluate_run
 from matformer.engine.folder import RunFolder, State
-from matformer.engine.loop import Run, agreed, build_host, build_model, train
+from matformer.engine.gallery import make_gallery
+from matformer.engine.loop import Run, agreed, build_host, build_model, num_parameters, train
 from matformer.errors import MatformerError
 from matformer.observe.progress import ProgressLine
 from matformer.observe.sinks import MetricsFile, Sink, WandbSink
+from matformer.report import write_report
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("matformer.train")  # __name__ is __main__ when started as a door
 
 STOPPED = 130  # what a shell shows for an interrupted program; the run goes on with the same command
 
@@ -92,7 +93,7 @@ def _run(config: RunConfig, *, rank: int) -> int:
             return STOPPED
         if folder is not None:
             if config.run.report:
-                finish(path)
+                _show_what_it_learned(path)
             folder.mark_finished()
             log.info("finished: %s", folder.report_file if config.run.report else path)
         return 0
@@ -101,19 +102,27 @@ def _run(config: RunConfig, *, rank: int) -> int:
             folder.close()
 
 
+def _show_what_it_learned(path: Path) -> None:
+    log.info("evaluating the averaged weights on held-out data, beside the baselines")
+    evaluate_run(path, ema=True)
+    log.info("making samples")
+    make_gallery(path)
+    write_report(path)
+
+
 def _train(config: RunConfig, *, host, path: Path, folder: RunFolder | None) -> bool:  # noqa: ANN001
     stop = Stop()
     groups = host.groups
     loader = Loader(config, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
-    model = build_model(host, config)
+    build_model(host, config)
     run = Run(config, host, loader, Average(host, decay=config.train.ema_decay), path / "checkpoints")
     resumed = run.resume()
     if folder is not None:
         run.sinks = _sinks(config, folder, step=run.step)
-        _write_machine(path / "machine.json", config)
-        count = sum(p.numel() for p in model.parameters())
-        log.info("%s: %.2f M parameters on this rank, %d ranks", path, count / 1e6, groups.world)
-        log.info("goes on after step %d" if resumed else "begins at step %d", run.step)
+        count = num_parameters(config)
+        _write_machine(path / "machine.json", config, parameters=count)
+        log.info("%s: %.2f M parameters, ranks: %d", path, count / 1e6, groups.world)
+        log.info("goes on after step %d of %d" if resumed else "begins; step %d of %d", run.step, config.train.steps)
     try:
         return train(run, stopping=lambda: stop.asked, evaluate=HeldOut(config))
     finally:
@@ -141,9 +150,10 @@ def _share_cores(config: RunConfig) -> None:
     torch.set_num_threads(config.parallel.threads or max(1, len(os.sched_getaffinity(0)) // local))
 
 
-def _write_machine(path: Path, config: RunConfig) -> None:
+def _write_machine(path: Path, config: RunConfig, *, parameters: int) -> None:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     facts = {
+        "parameters": parameters,
         "host": platform.node(),
         "system": platform.platform(),
         "processor": _processor(),

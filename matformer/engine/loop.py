@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from matformer.checkpoint.store import Checkpoint, newest_good, save
@@ -17,7 +18,7 @@ from matformer.data.loader import Loader, merge_states
 from matformer.engine.average import Average
 from matformer.engine.step import StepNumbers, metrics_row, optimizer_step
 from matformer.hosts.base import Host
-from matformer.hosts.plain import PlainHost
+from matformer.hosts.plain import PlainHost, PlainTrunk
 from matformer.model import Matformer
 from matformer.observe.meters import Throughput
 from matformer.observe.sinks import Sink
@@ -41,6 +42,13 @@ def build_model(host: Host, config: RunConfig) -> Matformer:
     model = Matformer(config.model, trunk=host.build_trunk(), is_first=groups.is_first, is_last=groups.is_last)
     host.prepare(model)
     return model
+
+
+def num_parameters(config: RunConfig) -> int:
+    """Parameters of the whole model, whatever is sharded; counted without memory."""
+    with torch.device("meta"):
+        model = Matformer(config.model, trunk=PlainTrunk(config.model.atto))
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from matformer.config.schema import RunConfig
 
+if not torch.cuda.is_available():  # say so, else DeepSpeed looks for one and warns
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import deepspeed

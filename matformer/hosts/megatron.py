@@ -181,22 +181,27 @@ class AttoCore(nn.Module):
 
     def forward(
         self,
-        query: Float[Tensor, "S B A K"],
-        key: Float[Tensor, "S B G K"],
-        value: Float[Tensor, "S B G K"],
+        query: Float[Tensor, "L 1 A K"],
+        key: Float[Tensor, "L 1 G K"],
+        value: Float[Tensor, "L 1 G K"],
         attention_mask: None,
         *,
         packed_seq_params: AttoView,
         **_: object,
-    ) -> Float[Tensor, "S B AK"]:
-        query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+    ) -> Float[Tensor, "L 1 AK"]:
+        rows = packed_seq_params.visible_BSS.shape[:2]
+        query, key, value = (x.view(*rows, *x.shape[2:]) for x in (query, key, value))
         out = atto_attention(query, key, value, view=packed_seq_params)
-        return out.flatten(2).transpose(0, 1).contiguous()
+        return out.reshape(-1, 1, out.shape[2] * out.shape[3])
 
 
 @final
 class MegatronTrunk(Trunk):
-    """This rank's share of the Atto as a megatron-core TransformerBlock."""
+    """This rank's share of the Atto as a megatron-core TransformerBlock.
+
+    Megatron's [sequence, batch, width] is filled with (B * S, 1, H): everything it does is position-wise but for the
+    attention core, which is ours and knows the rows. So nothing is ever transposed (docs/decisions/0002).
+    """
 
     def __init__(self, atto: AttoConfig, *, plan: ParallelConfig, groups: Groups) -> None:
         super().__init__()
@@ -220,7 +225,7 @@ class MegatronTrunk(Trunk):
     def forward(self, hidden: Float[Tensor, "B S H"] | None, view: AttoView) -> Tensor:
         entering = None
         if hidden is not None:
-            entering = hidden.transpose(0, 1).contiguous()
+            entering = hidden.flatten(0, 1).unsqueeze(1)
             if self.config.sequence_parallel:
                 entering = scatter_to_sequence_parallel_region(entering)
         leaving = self.block(entering, None, packed_seq_params=view)
@@ -228,7 +233,7 @@ class MegatronTrunk(Trunk):
             return leaving
         if self.config.sequence_parallel:  # every TP rank decodes the whole: the gradient is cut, not summed
             leaving = gather_from_sequence_parallel_region(leaving, tensor_parallel_output_grad=False)
-        return leaving.transpose(0, 1)
+        return leaving.view(*view.visible_BSS.shape[:2], -1)
 
     def receive(self, tensor: Tensor | None) -> None:
         self.block.set_input_tensor(tensor)  # pyright: ignore[reportArgumentType] - None clears it
@@ -255,14 +260,13 @@ def run_schedule(
         loss = objective(sums) if objective else torch.zeros(())
         return loss, one, {name: value.detach() for name, value in sums.items()}
 
-    rows, length = batches[0].grid.kind_BS.shape
     outputs = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iter(batches),
         model=model,
         num_microbatches=len(batches),
-        seq_length=length,
-        micro_batch_size=rows,
+        seq_length=batches[0].grid.kind_BS.numel(),
+        micro_batch_size=1,
         forward_only=objective is None,
     )
     return list(outputs)
