@@ -17,9 +17,10 @@ from rich.table import Table
 from matformer.config.schema import RunConfig
 from matformer.data.patching import build_patcher
 from matformer.data.sources import TextSpan, text_span
+from matformer.engine.continuation import AUTO, continue_rows
 from matformer.engine.media import MediaCodec, load_codec
 from matformer.engine.restore import load_for_inference
-from matformer.engine.samplers import AUTO, Draws, Row, Span, continue_rows
+from matformer.engine.samplers import Draws, Row, Span
 from matformer.errors import ConfigError, DataError, MatformerError
 
 log = logging.getLogger(__name__)

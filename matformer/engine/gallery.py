@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import soundfile
@@ -21,10 +21,11 @@ from PIL import Image
 from matformer.config.schema import RunConfig
 from matformer.data.loader import Loader
 from matformer.data.sources import Document, MediaSpan, Source, TextSpan, open_source
+from matformer.engine.continuation import continue_rows
 from matformer.engine.folder import RunFolder, State
 from matformer.engine.media import MediaCodec, load_codec
 from matformer.engine.restore import load_for_inference
-from matformer.engine.samplers import Draws, Row, continue_rows
+from matformer.engine.samplers import Draws, Row
 from matformer.model import Matformer
 from matformer.parallel.seeds import Permutation
 from matformer.parcels import Batch, Kind
@@ -60,7 +61,8 @@ def make_gallery(
     log.info("samples in %s, %.0f s", folder, time.perf_counter() - began)
 
 
-class Shown(NamedTuple):
+@dataclass(frozen=True)
+class Shown:
     """A held-out document, where it came from, and its place there."""
 
     document: Document
@@ -201,13 +203,13 @@ def _patch_statistics(batches: Sequence[Batch]) -> dict[str, float]:
     lengths = np.concatenate([torch.bincount(batch.text.patch_U).numpy() for batch in batches])
     if not len(lengths):
         return {"patches_counted": 0}
-    percentiles = {f"percentile_{p}": float(np.percentile(lengths, p)) for p in (5, 50, 95)}
+    percentiles = {f"symbols_percentile_{p}": float(np.percentile(lengths, p)) for p in (5, 50, 95)}
     return {
         "patches_counted": len(lengths),
         "mean_symbols": round(float(lengths.mean()), 4),
         "mean_bytes": round(sum(batch.num_bytes for batch in batches) / len(lengths), 4),
         **percentiles,
-        "longest": int(lengths.max()),
+        "longest_symbols": int(lengths.max()),
     }
 
 

@@ -63,9 +63,10 @@ class MediaCodec:
 
     def write(self, path: Path, media: Tensor) -> None:
         """A medium as `decode` gives it into a file named by `suffix`."""
-        if path.suffix == ".wav":
+        rate = self.autoencoder.sample_rate
+        if rate is not None:
             wave = media[0].clamp(-1, 1).numpy()
-            soundfile.write(path, wave, self.autoencoder.sample_rate, subtype="PCM_16")
+            soundfile.write(path, wave, rate, subtype="PCM_16")
         elif path.suffix == ".png":
             pixels = ((media + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
             Image.fromarray(pixels.movedim(0, 2).contiguous().numpy()).save(path)

@@ -1,4 +1,4 @@
-"""From prompts to new spans: text byte by byte, media by denoising, and the router where nobody says what comes next.
+"""From prompts to new spans: text byte by byte, media by denoising.
 
 Rows are documents that grow side by side. What a row draws is a function of (seed, row, span): the same seed gives the
 same spans.
@@ -26,17 +26,16 @@ from matformer.data.packing import (
     draw_zeros,
     pack_batch,
 )
-from matformer.data.patching import build_patcher
+from matformer.data.patching import Boundary, build_patcher
 from matformer.data.sources import Document, MediaSpan, TextSpan
 from matformer.errors import ParcelError
 from matformer.layers.patchify import unpatchify
 from matformer.modalities import patch_scalars, patches_of_bucket
 from matformer.model import Matformer
 from matformer.parallel.seeds import generator
-from matformer.parcels import Batch, RouterUnits, TextUnits
+from matformer.parcels import Batch, TextUnits
 from matformer.shapes import BEGIN, END
 
-AUTO = "auto"
 Span = TextSpan | MediaSpan
 Velocity = Callable[[Tensor, float], Tensor]
 Solver = Literal["euler", "heun"]
@@ -88,7 +87,7 @@ class TextWriter:
         self.model, self.config = model, config
         self.sight = text.coda_layers * (text.window - 1) + 1
         patcher = build_patcher(config.data.patcher)
-        self.pens = [_Pen(_given(row.spans), patcher.boundary()) for row in rows]
+        self.pens = [_Pen(given_media(row.spans), patcher.boundary()) for row in rows]
         for pen, row in zip(self.pens, rows, strict=True):
             pen.before = document_positions(Document("", pen.spans), model=config.model)
             for symbol in row.prompt:
@@ -126,7 +125,7 @@ class TextWriter:
 class _Pen:
     """One span in the writing. `lengths`: symbols of its complete patches; `latents`: up to the last of these."""
 
-    def __init__(self, spans: tuple[Span, ...], boundary) -> None:  # noqa: ANN001
+    def __init__(self, spans: tuple[Span, ...], boundary: Boundary) -> None:
         self.spans, self.boundary = spans, boundary
         self.before = 0
         self.data = bytearray()
@@ -166,7 +165,7 @@ def write_texts(model: Matformer, rows: Sequence[Row], *, config: RunConfig, dra
     Raises ParcelError where a prompt does not fit.
     """
     writer = TextWriter(model, rows, config=config)
-    dice = [_dice(draws, row, "text") for row in rows]
+    dice = [dice_of(draws, row, "text") for row in rows]
     limits = [len(row.prompt) + draws.max_bytes for row in rows]
     live = list(range(len(rows)))
     while live:
@@ -229,11 +228,13 @@ def draw_media(
     """
     media = config.model.media[modality]
     empty = [_empty_span(modality, bucket, config=config) for bucket in buckets]
-    documents = [Document(f"row {row.number}", (*_given(row.spans), one)) for row, one in zip(rows, empty, strict=True)]
+    documents = [
+        Document(f"row {row.number}", (*given_media(row.spans), one)) for row, one in zip(rows, empty, strict=True)
+    ]
     batch = denoising_batch(documents, config=config, guided=draws.guidance != 1)
     sizes = [patches_of_bucket(media, bucket) for bucket in buckets]
     noise = [
-        _dice(draws, row, modality).standard_normal((size, patch_scalars(media)), dtype=np.float32)
+        dice_of(draws, row, modality).standard_normal((size, patch_scalars(media)), dtype=np.float32)
         for row, size in zip(rows, sizes, strict=True)
     ]
     velocity = guided_velocity(model, batch, modality=modality, guidance=draws.guidance)
@@ -311,136 +312,11 @@ def _empty_span(modality: str, bucket: int, *, config: RunConfig) -> MediaSpan:
     return MediaSpan(modality, np.zeros(shape, np.float32), bucket, "generate")
 
 
-# The router, and whole documents
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What comes next: a modality and its shape bucket (0 for text), or nothing: the document ends."""
-
-    modality: str | None
-    bucket: int = 0
-
-
-@torch.no_grad()
-def ask(model: Matformer, rows: Sequence[Row], *, want: str, config: RunConfig, draws: Draws) -> list[Answer]:
-    """What the router says of the span after each row; under a `want` other than auto only that modality is legal.
-
-    A document does not end before it began, no text follows text, and what does not fit is illegal. Raises
-    ParcelError where nothing is legal.
-    """
-    names = config.model.modalities
-    documents = [Document(f"row {i}", _heard(row.spans)) for i, row in enumerate(rows)]
-    length = max(document_positions(one, model=config.model) for one in documents)
-    batch = build_batch(documents, model=config.model, sequence_latents=max(length, 1))
-    fitting = [_fitting(row, config=config) for row in rows]
-    legal = torch.tensor([_legal(row, fits, want=want, names=names) for row, fits in zip(rows, fitting, strict=True)])
-    for row in range(len(rows)):
-        if not legal[row].any():
-            raise ParcelError(
-                f"a prompt must leave room for {want} in {config.data.sequence_latents} latents, got a prompt of "
-                f"{document_positions(documents[row], model=config.model)}; shorten it"
-            )
-    asked = _questions([document_positions(one, model=config.model) for one in documents], length, legal=legal)
-    kinds, buckets = model.router(model.latents(batch).flatten(0, 1), asked)
-    answers = []
-    for i, (row, fits) in enumerate(zip(rows, fitting, strict=True)):
-        dice = _dice(draws, row, "router")
-        kind = draw_answer(kinds[i].double().numpy(), draws=draws, dice=dice)
-        if kind == len(names) or kind == 0:
-            answers.append(Answer("text" if kind == 0 else None))
-            continue
-        scores = buckets[names[kind]][i].double().numpy()
-        scores[~np.asarray(fits[names[kind]])] = -np.inf
-        answers.append(Answer(names[kind], draw_answer(scores, draws=draws, dice=dice)))
-    return answers
-
-
-def continue_rows(
-    model: Matformer, rows: Sequence[Row], *, want: str, config: RunConfig, draws: Draws, max_spans: int = 8
-) -> None:
-    """Add to each row one span of modality `want`, or under auto spans until its document ends, at most `max_spans`.
-
-    Raises ParcelError where a prompt leaves no room.
-    """
-    live = list(rows)
-    for _ in range(max_spans if want == AUTO else 1):
-        answers = (
-            [Answer("text")] * len(live) if want == "text" else ask(model, live, want=want, config=config, draws=draws)
-        )
-        for modality in config.model.modalities:
-            chosen = [
-                (row, answer.bucket) for row, answer in zip(live, answers, strict=True) if answer.modality == modality
-            ]
-            if chosen:
-                _add(model, chosen, modality=modality, config=config, draws=draws)
-        live = [row for row, answer in zip(live, answers, strict=True) if _goes_on(row, answer)]
-        if not live:
-            return
-
-
-def _add(
-    model: Matformer, chosen: Sequence[tuple[Row, int]], *, modality: str, config: RunConfig, draws: Draws
-) -> None:
-    rows = [row for row, _ in chosen]
-    if modality == "text":
-        spans: Sequence[Span] = write_texts(model, rows, config=config, draws=draws)
-    else:
-        buckets = [bucket for _, bucket in chosen]
-        spans = draw_media(model, rows, modality=modality, buckets=buckets, config=config, draws=draws)
-    for row, span in zip(rows, spans, strict=True):
-        row.add(span)
-
-
-def _goes_on(row: Row, answer: Answer) -> bool:
-    """A text that was cut short has no question after it."""
-    last = row.spans[-1] if row.spans else None
-    return answer.modality is not None and not (isinstance(last, TextSpan) and not last.ended)
-
-
-def _fitting(row: Row, *, config: RunConfig) -> dict[str, list[bool]]:
-    """Which shape buckets of each modality fit behind the row (text: one patch)."""
-    used = document_positions(Document("", _given(row.spans)), model=config.model)
-    room = config.data.sequence_latents - used
-    media = config.model.media
-    fits = {
-        name: [2 + patches_of_bucket(one, bucket) <= room for bucket in range(len(one.buckets))]
-        for name, one in media.items()
-    }
-    return {"text": [room >= 1], **fits}
-
-
-def _legal(row: Row, fits: dict[str, list[bool]], *, want: str, names: Sequence[str]) -> list[bool]:
-    after_text = bool(row.spans) and isinstance(row.spans[-1], TextSpan)
-    kinds = [any(fits[name]) and want in (AUTO, name) and not (name == "text" and after_text) for name in names]
-    return [*kinds, want == AUTO and bool(row.spans), False]  # the end; latent thoughts
-
-
-def _questions(sizes: Sequence[int], length: int, *, legal: Tensor) -> RouterUnits:
-    slot = torch.tensor([row * length + size - 1 for row, size in enumerate(sizes)])
-    return RouterUnits(
-        slot_R=slot,
-        target_R=torch.zeros_like(slot),
-        legal_RM=legal,
-        span_end_R=torch.ones_like(slot, dtype=torch.bool),
-        bucket_R=torch.full_like(slot, -1),
-        document_R=torch.arange(len(sizes)),
-    )
-
-
-def _given(spans: Sequence[Span]) -> tuple[Span, ...]:
+def given_media(spans: Sequence[Span]) -> tuple[Span, ...]:
     """Media clean alone: for what follows the same as a generated span with its clean copy, in fewer positions."""
     return tuple(replace(span, role="given") if isinstance(span, MediaSpan) else span for span in spans)
 
 
-def _heard(spans: Sequence[Span]) -> tuple[Span, ...]:
-    """As `_given`, but a media span made last keeps its layout of the end of a document, without a clean copy.
-
-    In training a generated span has a clean copy only where something follows: with one, the router would never say
-    that the document ends.
-    """
-    return (*_given(spans[:-1]), *spans[-1:])
-
-
-def _dice(draws: Draws, row: Row, use: str) -> np.random.Generator:
+def dice_of(draws: Draws, row: Row, use: str) -> np.random.Generator:
+    """The row's own random stream for its next span."""
     return generator(draws.seed, "sample", use, row.number, len(row.spans))

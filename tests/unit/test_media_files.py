@@ -1,0 +1,75 @@
+"""Files that a user brings are prepared as the data were."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+
+from data_prep import pictures, speech
+from matformer.autoencoders import MDCTPCA, PatchPCA
+from matformer.autoencoders.patch_pca import to_signed
+from matformer.config.schema import MediaConfig
+from matformer.engine.media import MediaCodec
+from matformer.errors import DataError
+
+DRAWS = np.random.default_rng(0)
+
+
+def picture_codec() -> MediaCodec:
+    media = MediaConfig(channels=192, rank=2, patch=2, buckets=((8, 8),), coda_width=8)
+    return MediaCodec("image", media, PatchPCA(factor=8, channels=192), DRAWS.standard_normal(192).astype("f4"), 0.5)
+
+
+def sound_codec() -> MediaCodec:
+    media = MediaConfig(channels=8, rank=1, patch=4, buckets=((32,), (64,)), coda_width=8)
+    autoencoder = MDCTPCA(hop=160, channels=8, sample_rate=8000)
+    return MediaCodec("audio", media, autoencoder, np.zeros(8, np.float32), 2.0)
+
+
+def test_a_picture_is_framed_as_the_data_and_comes_back(tmp_path: Path) -> None:
+    path, codec = tmp_path / "in.png", picture_codec()
+    Image.fromarray(DRAWS.integers(0, 256, (90, 41, 4), dtype=np.uint8)).save(path)
+    framed = torch.from_numpy(pictures.framed(path.read_bytes()).copy()).movedim(2, 0)
+    span = codec.read(path)
+    latent = codec.autoencoder.encode(to_signed(framed[None])).mean[0].half().float().numpy()
+    assert np.allclose(span.latent, (latent - codec.shift[:, None, None]) * codec.scale, atol=1e-6)
+    codec.write(tmp_path / "out.png", codec.decode(span.latent))
+    back = np.asarray(Image.open(tmp_path / "out.png")).astype(int)
+    assert np.abs(back - framed.movedim(0, 2).numpy().astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("rate", [8000, 22050])
+def test_a_sound_is_prepared_as_the_data(tmp_path: Path, rate: int) -> None:
+    path, codec = tmp_path / "in.wav", sound_codec()
+    wave = np.zeros((rate, 2), np.float32)
+    wave[rate // 4 : rate // 2] = np.sin(np.arange(rate // 4) * 2000 / rate)[:, None] * 0.3
+    soundfile.write(path, wave, rate, subtype="FLOAT")
+    whole = wave.mean(1) if rate == 8000 else speech.resampled(wave.mean(1), rate=rate)
+    prepared = speech.levelled(speech.trimmed(whole))
+    span = codec.read(path)
+    size = next(size for size in (31 * 160, 63 * 160) if size >= len(prepared))
+    padded = torch.from_numpy(np.pad(prepared, (0, size - len(prepared))))[None, None]
+    want = codec.autoencoder.encode(padded).mean[0].half().float().numpy() * 2.0
+    assert span.latent.shape == (8, size // 160 + 1) and span.role == "given"
+    assert np.allclose(span.latent, want, atol=1e-3)
+
+
+def test_what_cannot_be_read_or_is_too_long_is_one_sentence(tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    bad.write_text("nothing of the kind")
+    for codec, reason in ((picture_codec(), "pillow"), (sound_codec(), "libsndfile")):
+        with pytest.raises(DataError, match=reason):
+            codec.read(bad)
+    for seconds, reason in ((2.0, "at most 1.26 s"), (0.0, "louder")):
+        stream = io.BytesIO()
+        wave = np.full(int(8000 * seconds) + 1, 0.5 * (seconds > 0), np.float32)
+        soundfile.write(stream, wave, 8000, format="WAV")
+        bad.write_bytes(stream.getvalue())
+        with pytest.raises(DataError, match=reason):
+            sound_codec().read(bad)
