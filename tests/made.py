@@ -50,7 +50,7 @@ def tiny_run(*, layers: int = 2, train: dict[str, Any] | None = None, **parallel
     return RunConfig(
         name="made",
         model=tiny_model(layers=layers),
-        data=DataConfig(root="made", lanes=8, sequence_latents=LENGTH, sources={"made": source}),
+        data=DataConfig(root="made", recipe=None, lanes=8, sequence_latents=LENGTH, sources={"made": source}),
         parallel=ParallelConfig(timeout_seconds=60, threads=1, **parallel),
         train=TrainConfig.model_validate(numbers | (train or {})),
     )

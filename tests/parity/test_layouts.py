@@ -7,6 +7,7 @@ through every ZeRO stage. Weights are stirred first, since a last layer of zeros
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from matformer.config.schema import RunConfig
-from tests.made import text_only, tiny_run, with_audio, with_both, with_images
+from tests.made import mixed_documents, one_a_row, text_only, tiny_run, with_audio, with_both, with_images
 from tests.ranks import cases
 from tests.ranks.cases import GlobalBatch, Trained
 from tests.ranks.launcher import Ranks
@@ -107,6 +108,43 @@ def test_clipping_takes_the_norm_of_the_whole_gradient(name: str, world: World) 
 def test_a_rank_without_a_modality_neither_hangs_nor_shifts_the_mean(name: str, world: World) -> None:
     trained = world(2).run(cases.train_ranks, run_of(name), uneven_steps(), limit_seconds=45.0)
     assert_same_run(trained, reference(uneven_steps))
+
+
+@pytest.mark.parametrize("name", ["tp2 sequence parallel", "pp2", "dp2 zero2", "dp2 zero3"])
+def test_heldout_sums_by_document_are_those_of_one_rank(name: str, world: World) -> None:
+    config, batches = run_of(name), [with_both(1), one_a_row(mixed_documents()), one_a_row(mixed_documents()[:1])]
+    plain = cases.plain_host(tiny_run(layers=LAYERS)).forward_only(batches)
+    spoken = [sums for sums in world(2).run(cases.evaluate_ranks, config, batches) if sums]
+    assert len(spoken) == config.parallel.dp
+    for sums in spoken:
+        for seen, expected in zip(sums, plain, strict=True):
+            assert sorted(seen) == sorted(expected)
+            for part, values in expected.items():
+                np.testing.assert_allclose(seen[part], values.numpy(), rtol=LOSS, atol=LOSS, err_msg=part)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("tp2", "float32"),
+        ("pp2", "float32"),
+        ("dp2", "float32"),
+        ("dp2", "bfloat16"),  # another of DeepSpeed's optimizers
+        ("dp2 zero2", "float32"),
+        ("dp2 zero3", "float32"),
+    ],
+)
+def test_a_gradient_that_is_not_finite_is_skipped_by_all_ranks(name: str, dtype: str, world: World) -> None:
+    batch = with_images(1)
+    units = batch.media["image"]
+    media = {**batch.media, "image": replace(units, value_NF=units.value_NF * float("nan"))}
+    sound = mixed_steps()[0]
+    poisoned = [replace(batch, media=media), *sound[1:]]  # under dp 2 one rank's loss is finite
+    config = tiny_run(layers=LAYERS, dtype=dtype, **LAYOUTS[name])
+    shown = world(2).run(cases.meet_nan, config, poisoned, sound)
+    assert [skipped for skipped, _, _ in shown] == [[True, False]] * 2
+    assert not any(changed for _, changed, _ in shown)
+    assert any(changed for _, _, changed in shown)  # a rank may own nothing of the state
 
 
 @pytest.mark.parametrize(

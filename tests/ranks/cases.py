@@ -57,6 +57,26 @@ def train_ranks(config: RunConfig, steps: Sequence[GlobalBatch], fault: str = ""
         return _train(host, config, steps)
 
 
+def evaluate_ranks(config: RunConfig, batches: Sequence[Batch]) -> list[Arrays]:
+    """Each batch's sums by document, on the ranks that speak ([] elsewhere)."""
+    with hosted(config) as host:
+        sums = host.forward_only(batches)
+        return [_arrays(one) for one in sums] if host.groups.speaks else []
+
+
+def meet_nan(config: RunConfig, poisoned: GlobalBatch, sound: GlobalBatch) -> tuple[list[bool], bool, bool]:
+    """A poisoned step, then a sound one: which were skipped, and whether each changed this rank's weights."""
+    with hosted(config) as host:
+        start = _arrays(host.state().weights)
+        first = optimizer_step(host, share(poisoned, host.groups), config=config, step=0)
+        between = _arrays(host.state().weights)
+        second = optimizer_step(host, share(sound, host.groups), config=config, step=0)
+        end = _arrays(host.state().weights)
+        assert host.state().step == 1
+        changed = [any(not np.array_equal(a[k], b[k]) for k in a) for a, b in ((start, between), (between, end))]
+        return [first.skipped, second.skipped], changed[0], changed[1]
+
+
 def share(batches: GlobalBatch, groups: Groups) -> GlobalBatch:
     """A rank's microbatches of a global batch."""
     return batches[groups.dp_rank :: groups.dp_size]
