@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from matformer.engine.evaluate import Evaluation, evaluate_run
 from matformer.engine.restore import run_config
@@ -21,6 +21,8 @@ from matformer.errors import MatformerError
 
 LOWER, HIGHER = -1, 1
 CHANCE_GAIN = 0.0
+HEAD = {"held out": 25, "this model": 15, "rival": 19, "": 15, "better by (stderr)": 18}  # columns and their widths
+WIDTH = 110  # columns, so that no key is cut where there is no terminal
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def table(evaluation: Evaluation, *, title: str) -> Table:
     """Our numbers beside what needs no model; better is counted in standard errors of the difference."""
     numbers = {name.split("/", 1)[1]: value for name, value in evaluation.numbers.items()}
-    shown = Table("held out", "this model", "rival", "", "better by", title=title, title_justify="left")
+    shown = Table(
+        *(Column(name, no_wrap=True, min_width=width) for name, width in HEAD.items()),
+        title=title,
+        title_justify="left",
+        box=None,
+    )
     for name, value in numbers.items():
         if name.endswith(("_stderr", "_z", "_num_concepts")) or name == "router/majority":
             continue
@@ -80,7 +87,7 @@ def _measured(value: float, stderr: float | None) -> str:
 def _margin(gain: float, stderr: float | None, rival_stderr: float | None) -> str:
     """Standard errors of the difference, as if the two were independent: both see the same documents, so it is more."""
     spread = math.hypot(stderr or 0.0, rival_stderr or 0.0)
-    return f"{gain / spread:+.1f} standard errors" if spread > 0 else f"{gain:+.4f}"
+    return f"{gain / spread:+.1f}" if spread > 0 else ""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,9 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run", type=Path, help="run folder, such as runs/demo")
     parser.add_argument("--ema", action="store_true", help="the average of the weights instead of the last ones")
     parser.add_argument("--text-bytes", type=_natural, metavar="N", help="bytes of held-out text (the run's own)")
-    parser.add_argument(
-        "--media-spans", type=_natural, metavar="N", help="spans of each latent modality (the run's own)"
-    )
+    parser.add_argument("--media-spans", type=_natural, metavar="N", help="spans of each modality (the run's own)")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     return parser
 

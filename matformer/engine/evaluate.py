@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 
 ROUTER_DOCUMENTS_A_SPAN = 2
 """Documents of the router's mixture for each of eval.media_spans; a text document has one question that counts."""
-CAPTIONED_A_SPAN = 2.5
-"""Media of the caption test for each of eval.media_spans: 160 reach every held-out concept of the demo's pictures."""
+CAPTIONED_A_SPAN = 2
+"""Media of the caption test for each of eval.media_spans."""
 NOISE_SEED = 0
 
 
@@ -53,7 +53,7 @@ class HeldOut:
         for (part, table), sums in zip(tables.items(), document_sums(host, list(tables.values())), strict=True):
             score = {"text": _text_numbers, "router": _router_numbers}.get(part)
             found |= score(table, sums) if score else _media_numbers(table, sums, modality=part)
-        if full and (num_spans := round(CAPTIONED_A_SPAN * self.config.eval.media_spans)):
+        if full and (num_spans := CAPTIONED_A_SPAN * self.config.eval.media_spans):
             for modality in self.config.model.media:
                 found |= caption_gain(host, self.config, modality=modality, num_spans=num_spans)
         return found
@@ -153,9 +153,15 @@ def _named(name: str, sums: np.ndarray, sizes: np.ndarray) -> dict[str, float]:
 
 
 def _baselines(config: RunConfig, asked: EvalConfig) -> dict[str, float]:
-    found = compute_baselines(config, text_bytes=asked.text_bytes, media_spans=asked.media_spans)
-    wanted = {"text": asked.text_bytes > 0} | dict.fromkeys(config.model.media, asked.media_spans > 0)
-    return {name: value for name, value in found.items() if wanted[name.split("/")[0]]}
+    """Of the parts that are asked for."""
+    sources = {
+        name: source
+        for name, source in config.data.sources.items()
+        if (asked.text_bytes if source.form == "text" else asked.media_spans)
+    }
+    data = config.data.model_copy(update={"sources": sources})
+    scored = config.model_copy(update={"data": data})
+    return compute_baselines(scored, text_bytes=asked.text_bytes, media_spans=asked.media_spans)
 
 
 def _keep(folder: Path, evaluation: Evaluation) -> None:

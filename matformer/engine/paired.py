@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,11 +37,11 @@ class Subject:
 
 
 def caption_gain(host: Host, config: RunConfig, *, modality: str, num_spans: int) -> dict[str, float]:
-    """How much the flow loss grows under other captions: `heldout/captions/<modality>_gain`, its `_stderr` clustered by
-    concept, `_z` and `_num_concepts`; empty if no held-out pair has anyone to swap with. Collective.
+    """How much the flow loss grows under other captions. Collective.
 
-    Mean over media of the mean over t and over up to four other captions of the same language (and style, for
-    pictures) and shape. Raises DataError if the data cannot be read.
+    Keys `heldout/captions/<modality>_gain`, its `_stderr` clustered by concept, `_z` (unless nothing differs) and
+    `_num_concepts`; none if nobody can be swapped with another. Mean over media of the mean over t and over up to four
+    other captions of the same language and shape (and style, for pictures). Raises DataError if data cannot be read.
     """
     sums: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
@@ -56,8 +55,8 @@ def caption_gain(host: Host, config: RunConfig, *, modality: str, num_spans: int
         return {}
     score = ratio([sums[concept] for concept in counts], list(counts.values()))
     key = f"heldout/captions/{modality}_gain"
-    z = score.value / score.stderr if score.stderr > 0 else math.nan
-    return {key: score.value, f"{key}_stderr": score.stderr, f"{key}_z": z, f"{key}_num_concepts": float(len(counts))}
+    found = {key: score.value, f"{key}_stderr": score.stderr, f"{key}_num_concepts": float(len(counts))}
+    return found | ({f"{key}_z": score.value / score.stderr} if score.stderr > 0 else {})
 
 
 def subjects_of(source: Source, *, by_style: bool) -> list[Subject]:
