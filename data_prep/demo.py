@@ -53,7 +53,7 @@ from matformer.errors import DataError, MatformerError
 log = logging.getLogger(__name__)
 
 COMPLETE = "demo.json"
-LAYOUT = 1
+LAYOUT = 2
 TEXT_ONE_IN, CONCEPT_ONE_IN = 50, 10
 REAL_STAGES = 5
 Item = TypeVar("Item")
@@ -293,7 +293,14 @@ def _write_pairs(
     report: dict[str, Any] = {"autoencoder": latents.manifest["autoencoder"]}
     for side, part in parts.items():
         extra = _terms(material) | latents.manifest | {"split": side}
-        counts = write_pairs(part, coded=latents.coded, modality=latents.modality, folder=folder / side, extra=extra)
+        counts = write_pairs(
+            part,
+            coded=latents.coded,
+            modality=latents.modality,
+            folder=folder / side,
+            extra=extra,
+            originals=side == "heldout",
+        )
         del counts["groups"]
         kept = [sample for sample in part if isinstance(sample, Sound) and sample.key in latents.coded]
         if kept:

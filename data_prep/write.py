@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soundfile
 from jaxtyping import Int
+from PIL import Image
 
 from data_prep.albums import Album, Shown
 from data_prep.clean import cut
 from data_prep.encode_latents import Coded
-from data_prep.records import Document, Sample, number_of
+from data_prep.records import Document, Picture, Sample, Sound, number_of
+from data_prep.speech import SAMPLE_RATE
 from matformer.data.shards import ShardWriter
 
 BLOCK_BYTES = 1 << 20
@@ -70,9 +73,18 @@ def static_patches(num_bytes: Int[np.ndarray, " docs"], *, patch_bytes: int) -> 
 
 
 def write_pairs(
-    samples: Sequence[Sample], *, coded: dict[str, Coded], modality: str, folder: Path, extra: dict[str, Any]
+    samples: Sequence[Sample],
+    *,
+    coded: dict[str, Coded],
+    modality: str,
+    folder: Path,
+    extra: dict[str, Any],
+    originals: bool = False,
 ) -> dict[str, Any]:
-    """Form `pairs`: a latent with its captions; samples without a latent are left out and counted as dropped."""
+    """Form `pairs`: a latent with its captions; samples without a latent are left out and counted as dropped.
+
+    `originals` stores the picture (png) or sound (flac) too, for reports to show beside what was decoded.
+    """
     kept = sorted((sample for sample in samples if sample.key in coded), key=lambda sample: number_of(sample.key))
     counts: dict[str, Any] = {
         "kind": "mean",
@@ -92,6 +104,7 @@ def write_pairs(
                     "moments.npy": npy(latent.moments),
                     "txt": sample.main_text.encode(),
                     "json": _json(_described(sample, latent=latent, modality=modality)),
+                    **(original(sample) if originals else {}),
                 },
             )
     return {"samples": len(kept), **counts}
@@ -112,6 +125,18 @@ def write_albums(
         for album in albums:
             writer.add(album.key, _album_members(album, coded=coded))
     return {"samples": len(albums), **counts}
+
+
+def original(sample: Sample) -> dict[str, bytes]:
+    """The sample as a file, by its extension."""
+    buffer = io.BytesIO()
+    if isinstance(sample, Picture):
+        Image.fromarray(sample.pixels).save(buffer, format="png")
+        return {"png": buffer.getvalue()}
+    if isinstance(sample, Sound):
+        soundfile.write(buffer, sample.wave, SAMPLE_RATE, format="flac", subtype="PCM_16")
+        return {"flac": buffer.getvalue()}
+    return {}
 
 
 def npy(array: np.ndarray) -> bytes:
