@@ -35,9 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MatformerError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
-    Console().print(
-        table(evaluation, title=f"{asked.run}, step {evaluation.step}" + (", average" if asked.ema else ""))
-    )
+    title = f"{asked.run}, step {evaluation.step}" + (", average of the weights" if asked.ema else "")
+    Console(width=max(Console().width, WIDTH)).print(table(evaluation, title=title))
     if asked.json:
         line = {"step": evaluation.step, **evaluation.numbers, "baselines": evaluation.baselines}
         sys.stdout.write(json.dumps(line) + "\n")
