@@ -78,6 +78,12 @@ def stored_weight(parameter: nn.Parameter) -> Tensor:
     return parameter.ds_tensor.data if hasattr(parameter, "ds_tensor") else parameter.data  # pyright: ignore
 
 
+def forget_gathered(engine: Any) -> None:  # noqa: ANN401
+    """Under ZeRO 3, let go of whole weights that a forward kept: the next one gathers the shards as they are then."""
+    if hasattr(engine.optimizer, "parameter_offload"):
+        engine.optimizer.parameter_offload.partition_all_parameters()
+
+
 def stored_to_full(parameter: nn.Parameter, stored: Tensor, *, dp_group: Any) -> Tensor:  # noqa: ANN401
     """A tensor stored like the parameter, whole. Collective under ZeRO 3."""
     if not hasattr(parameter, "ds_tensor"):

@@ -92,7 +92,9 @@ class MegatronHost(Host):
     def forward_only(self, batches: Sequence[Batch]) -> list[Sums]:
         if self.config.parallel.zero_stage == 1:
             return run_schedule(self.model, batches, trunk=self.trunk, objective=None)
-        return [self.engine(batch) for batch in batches]
+        sums = [self.engine(batch) for batch in batches]
+        zero.forget_gathered(self.engine)  # else an average that is swapped in afterwards has no effect
+        return sums
 
     @torch.no_grad()
     def state(self) -> TrainingState:
