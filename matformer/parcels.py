@@ -131,6 +131,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same microbatch with every tensor on `device`."""
+        if self.grid.kind_BS.device == device:
+            return self
         return replace(
             self,
             grid=_moved(self.grid, device),

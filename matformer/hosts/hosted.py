@@ -65,6 +65,7 @@ class MegatronHost(Host):
         }
 
     def train_step(self, batches: Sequence[Batch], *, objective: Objective, lr: float) -> StepResult:
+        batches = self._here(batches)
         for group in zero.inner_groups(self.engine):
             group["lr"] = lr
         dp_size = self.groups.dp_size  # DeepSpeed averages over DP; our losses are divided by global counts already
@@ -83,6 +84,9 @@ class MegatronHost(Host):
         totals = [{name: value.sum() for name, value in part.items()} for part in parts]
         return StepResult(added(totals), float(self.engine.get_global_grad_norm() or 0.0), skipped)
 
+    def _here(self, batches: Sequence[Batch]) -> list[Batch]:
+        return [batch.to(self.engine.device) for batch in batches]
+
     def _through_engine(self, batch: Batch, objective: Objective) -> Sums:
         sums = self.engine(batch)
         self.engine.backward(objective(sums), scale_wrt_gas=False)
@@ -90,6 +94,7 @@ class MegatronHost(Host):
 
     @torch.no_grad()
     def forward_only(self, batches: Sequence[Batch]) -> list[Sums]:
+        batches = self._here(batches)
         if self.config.parallel.zero_stage == 1:
             return run_schedule(self.model, batches, trunk=self.trunk, objective=None)
         sums = [self.engine(batch) for batch in batches]
