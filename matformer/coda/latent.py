@@ -17,9 +17,11 @@ from matformer.parcels import MediaUnits
 
 @final
 class LatentCoda(Coda[MediaUnits]):
-    """A residual MLP over (latent, noised patch, time); the last layer starts at zero, so does the velocity.
+    """A residual MLP over (latent, noised patch, time), and a gain of the time on each scalar of the noised patch.
 
-    Source: MAR, section 3.2 (a small MLP a patch); ours predicts the flow's velocity and reads the noised patch again.
+    The gain is what a Gaussian with independent scalars needs (v = g(t) x_t): the MLP is left the rest of the work.
+    Both last layers start at zero, so does the velocity. Sources: MAR, section 3.2 (a small MLP a patch); EDM, section
+    5 (a skip that depends on the noise level, there in closed form).
     """
 
     def __init__(self, patch_scalars: int, *, atto_width: int, width: int, layers: int) -> None:
@@ -31,12 +33,16 @@ class LatentCoda(Coda[MediaUnits]):
         self.blocks = nn.ModuleList(SwiGLU(width, 2 * width) for _ in range(layers))
         self.output_norm = RMSNorm(width)
         self.velocity = nn.Linear(width, patch_scalars)
+        self.gain = nn.Linear(width, patch_scalars)
 
     def forward(self, latent_LH: Float[Tensor, "L H"], units: MediaUnits) -> Float[Tensor, "Qn F"]:
         noised, _ = noised_rows(units)
+        noised = noised.to(self.patch.weight.dtype)
         span = units.span_N[units.noised_row_Q]
+        level_JD = self.time(units.time_J)
         x = self.latent(latent_LH.index_select(0, units.noised_slot_Q))
-        x = x + self.patch(noised.to(x.dtype)) + self.time(units.time_J).index_select(0, span)
+        x = x + self.patch(noised) + level_JD.index_select(0, span)
         for norm, block in zip(self.norms, self.blocks, strict=True):
             x = x + block(norm(x))
-        return self.velocity(self.output_norm(x))
+        gain = self.gain(nn.functional.silu(level_JD)).index_select(0, span)
+        return self.velocity(self.output_norm(x)) + gain * noised

@@ -7,24 +7,28 @@ import hashlib
 import torch
 from torch import Tensor
 
-STD = 0.02
+EMBEDDING_STD, HEAD_STD = 0.5, 0.02
 
 
 def initial_value(name: str, shape: tuple[int, ...], *, seed: int, depth: int) -> Tensor:
     """The float32 start of the global parameter `name`, drawn from a generator of its own.
 
-    Norm weights are 1; biases and the last layer of a media Coda 0 (its first velocity is then 0); embeddings and
-    output heads normal with std 0.02; other matrices 0.6 / sqrt(fan in), those that write into the residual stream
-    divided by sqrt(2 depth). Source: GPT-2, section 2.3, for the residual scale.
+    Norm weights are 1; biases and the last layers of a media Coda 0 (its first velocity is then 0); embeddings normal
+    with std 0.5 (0.02 is drowned by the first layers: docs/LOG.md), output heads with 0.02; other matrices with
+    0.6 / sqrt(fan in), those that write into the residual stream divided by sqrt(2 depth). Source: GPT-2, section 2.3,
+    for the residual scale.
     """
     kind = name.rsplit(".", 1)[-1]
     if "norm" in name and kind == "weight":
         return torch.ones(shape)
-    if kind == "bias" or ".velocity." in name:
+    if kind == "bias" or ".velocity." in name or ".gain." in name:
         return torch.zeros(shape)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    std = STD if "embedding" in name or ".head" in name else 0.6 * shape[-1] ** -0.5
+    if "embedding" in name:
+        std = EMBEDDING_STD
+    else:
+        std = HEAD_STD if ".head" in name else 0.6 * shape[-1] ** -0.5
     if name.endswith((".output.weight", ".down.weight")):
         std /= (2 * depth) ** 0.5
     return torch.randn(shape, generator=generator) * std
