@@ -75,7 +75,7 @@ run_here() {
     if ((ranks == 1)); then
         exec "$python" -m matformer.train "$config" ${overrides[@]+"${overrides[@]}"}
     fi
-    exec "$python" -m torch.distributed.run "${launch_options[@]}" --standalone --nproc-per-node="$ranks" \
+    exec "$python" -m matformer.launch "${launch_options[@]}" --standalone --nproc-per-node="$ranks" \
         -m matformer.train "$config" ${overrides[@]+"${overrides[@]}"}
 }
 
@@ -94,7 +94,7 @@ run_on_nodes() {
     port=$((20000 + SLURM_JOB_ID % 20000))
     # shellcheck disable=SC2016  # SLURM_NODEID is known on each node alone
     srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 \
-        bash -c 'exec "$0" -m torch.distributed.run --node-rank="$SLURM_NODEID" "$@"' "$python" \
+        bash -c 'exec "$0" -m matformer.launch --node-rank="$SLURM_NODEID" "$@"' "$python" \
         "${launch_options[@]}" --nnodes="$nodes" --nproc-per-node="$((ranks / nodes))" \
         --master-addr="$first" --master-port="$port" \
         -m matformer.train "$config" ${overrides[@]+"${overrides[@]}"} &

@@ -99,7 +99,7 @@ def copy(project: Path, tmp_path: Path) -> Project:
     root = tmp_path / "a project"
     for folder in ("slurm", "configs", "matformer/config"):
         shutil.copytree(project / folder, root / folder)
-    for file in ("__init__.py", "errors.py", "plan.py"):
+    for file in ("__init__.py", "errors.py", "launch.py", "plan.py"):
         shutil.copy(project / "matformer" / file, root / "matformer" / file)
     (root / "matformer" / "train.py").write_text(textwrap.dedent(RECORDER))
     for source in ("text", "images", "speech", "albums"):
@@ -132,8 +132,8 @@ def slurm(copy: Project) -> dict[str, str]:
     [
         (["train.step=5"], "nearest is train.steps"),
         (["train.steps=five"], "train.steps must be a valid integer"),
-        (["parallel.tp=3"], "model.atto.heads must be divisible by parallel.tp, got 8 and 3"),
-        (["parallel.tp=2", "parallel.zero_stage=2", "parallel.pp=2"], "parallel.zero_stage must be 1"),
+        (["parallel.tp=3"], "model.atto.heads must be divisible by parallel.tp, got 4 and 3"),
+        (["model.atto.layers=4", "parallel.zero_stage=2", "parallel.pp=2"], "parallel.zero_stage must be 1"),
         (["data.root=nowhere", "data.recipe=null"], "data.root must hold every data set"),
     ],
 )
@@ -235,6 +235,7 @@ def test_the_plan_door_says_the_ranks_alone(project: Path) -> None:
         "configs/run/demo.yaml",
         "parallel.tp=2",
         "parallel.pp=2",
+        "model.atto.layers=4",
         "--ranks",
     ]
     assert subprocess.run(command, cwd=project, capture_output=True, text=True).stdout == "4\n"

@@ -1,0 +1,70 @@
+"""The launcher: its exit code is the ranks', and it adds a sentence only where they left none."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+# Ranks that do what a run does at its end, without its imports.
+RANKS = """
+    import os, pathlib, signal, sys, time
+    ending, here = sys.argv[1], pathlib.Path(sys.argv[2])
+    rank = os.environ["RANK"]
+    def stopped(number, frame):
+        sys.exit(130)
+    signal.signal(signal.SIGINT, stopped)
+    (here / rank).touch()
+    while not (here / "0").exists() or not (here / "1").exists():
+        time.sleep(0.01)
+    if ending == "refused" and rank == "0":
+        sys.stderr.write("a sentence of rank 0\\n")
+        sys.exit(2)
+    if ending == "crashed" and rank == "1":
+        sys.exit(1)
+    if ending == "killed" and rank == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if ending != "finished":
+        time.sleep(60)
+"""
+
+
+def launched(tmp_path: Path, ending: str, *, number: signal.Signals | None = None) -> tuple[int, str]:
+    """Two ranks that end so, or get a signal: exit code and stderr of their launcher."""
+    script = tmp_path / "ranks.py"
+    script.write_text(textwrap.dedent(RANKS))
+    command = [sys.executable, "-m", "matformer.launch", "--signals-to-handle=SIGINT", "--standalone"]
+    command += ["--nproc-per-node=2", str(script), ending, str(tmp_path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        if number is not None:
+            deadline = time.monotonic() + 60
+            while not (tmp_path / "0").exists() or not (tmp_path / "1").exists():
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.01)
+            process.send_signal(number)
+        _, error = process.communicate(timeout=100)
+        return process.returncode, error
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "words"),
+    [
+        ("finished", 0, ""),
+        ("refused", 2, "a sentence of rank 0\n"),
+        ("crashed", 1, "every rank must end well, but rank 1 failed with exit code 1; start again"),
+        ("killed", 137, "every rank must end well, but rank 1 was ended by SIGKILL; start again"),
+    ],
+)
+def test_the_exit_code_is_the_ranks_own(tmp_path: Path, ending: str, code: int, words: str) -> None:
+    found, error = launched(tmp_path, ending)
+    assert found == code, error
+    assert words in error and error.count("\n") == bool(words), error
+
+
+def test_a_signal_ends_all_ranks_without_a_traceback(tmp_path: Path) -> None:
+    assert launched(tmp_path, "waits", number=signal.SIGINT) == (130, "")
