@@ -46,18 +46,18 @@ def arm(pipe: Connection, config_file: str, overrides: list[str]) -> None:
         pipe.send((time.process_time() - cpu, time.perf_counter() - wall))
 
 
-def start(host: str, config_file: str, overrides: list[str]) -> tuple[multiprocessing.process.BaseProcess, Connection]:
+def start(host: str, config_file: str, overrides: list[str]) -> Connection:
     """An arm, ready to step."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=arm, args=(theirs, config_file, [*overrides, f"parallel.host={host}"]), daemon=True)
-    process.start()
-    return process, ours
+    asked = [*overrides, f"parallel.host={host}"]
+    context.Process(target=arm, args=(theirs, config_file, asked), daemon=True).start()
+    return ours
 
 
 def measure(config_file: str, overrides: list[str], steps: int) -> dict[str, object]:
     """Seconds of both arms, step by step in turn."""
-    arms = {name: start(name, config_file, overrides)[1] for name in ("megatron", "plain")}
+    arms = {name: start(name, config_file, overrides) for name in ("megatron", "plain")}
     facts = {name: pipe.recv() for name, pipe in arms.items()}
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for step in range(WARM_UP + steps):
@@ -93,7 +93,8 @@ def main() -> int:
     table = Table("arm", "CPU seconds a step (median)", title=f"one rank, one thread, {asked.config}")
     table.add_row("megatron-core + DeepSpeed", f"{result['hosted_cpu_s']:.3f}")
     table.add_row("plain PyTorch", f"{result['plain_cpu_s']:.3f}")
-    table.add_row("ratio, pair by pair", f"{result['ratio']:.3f} ({result['ratio_min']:.3f} … {result['ratio_max']:.3f})")
+    spread = f"({result['ratio_min']:.3f} … {result['ratio_max']:.3f})"
+    table.add_row("ratio, pair by pair", f"{result['ratio']:.3f} {spread}")
     Console().print(table)
     if asked.json:
         sys.stdout.write(json.dumps(result) + "\n")
