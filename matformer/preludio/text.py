@@ -66,7 +66,9 @@ class PatchPool(nn.Module):
         num_units, width = x_UD.shape
         mean_PD = segment_mean(x_UD, patch_U, num_segments=num_patches)
         query = self.query(self.mean_norm(mean_PD)).view(num_patches, self.slots, self.heads, width // self.heads)
-        key, value = self.key_value(self.symbol_norm(x_UD)).view(num_units, 2, self.heads, width // self.heads).unbind(1)
+        key, value = (
+            self.key_value(self.symbol_norm(x_UD)).view(num_units, 2, self.heads, width // self.heads).unbind(1)
+        )
         query_of_U = query.flatten(1).index_select(0, patch_U).view(num_units, *query.shape[1:])
         score = (query_of_U * key[:, None]).sum(-1) * (width // self.heads) ** -0.5
         pooled = segment_softmax_sum(score, value[:, None], patch_U, num_segments=num_patches)
