@@ -65,7 +65,15 @@ def load_run(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     for key, value in pairs:
         if key not in PARTS:
             tree = _merged(tree, _nested(key, value))
-    return parse(tree)
+    return _fitted(parse(tree))
+
+
+def _fitted(config: RunConfig) -> RunConfig:
+    """The same run, its microbatch no larger than what the global batch leaves for a rank."""
+    share = config.train.global_batch // config.parallel.dp
+    if not 0 < share < config.train.micro_batch:
+        return config
+    return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": share})})
 
 
 def read_yaml(path: Path) -> Tree:

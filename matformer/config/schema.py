@@ -149,7 +149,7 @@ class TrainConfig(Section):
 
     steps: Positive
     global_batch: Positive = Field(description="sequences a step, over all ranks")
-    micro_batch: Positive = Field(description="sequences of one forward; divides global_batch / dp")
+    micro_batch: Positive = Field(description="most sequences of one forward; divides global_batch / dp if smaller")
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = Field(gt=0.0, description="peak learning rate")
     schedule: Literal["cosine", "wsd"] = "cosine"
