@@ -174,12 +174,26 @@ def test_changed_keys_are_dotted(one: Path) -> None:
     assert changed_keys(new, new) == []
 
 
+def test_a_microbatch_is_at_most_the_share_of_a_rank(one: Path) -> None:
+    assert load_run(one, ["train.micro_batch=4"]).train.micro_batch == 2
+    assert load_run(one, ["train.micro_batch=1"]).train.micro_batch == 1
+
+
 def test_value_of_reads_a_dotted_key_and_refuses_others(demo: Demo) -> None:
     assert value_of(demo(), "data.root") == "data/demo"
     with pytest.raises(ConfigError, match="nearest is data.root"):
         value_of(demo(), "data.rot")
 
 
+# The rules below name numbers: these, whatever the demo's sizes are today.
+SIZES = (
+    "model.atto={width: 256, layers: 8, heads: 8, kv_heads: 4, ffn_width: 704, rotary_pairs: [7, 3, 3, 3]}",
+    "model.text={width: 128, heads: 4, ffn_width: 352, preludio_layers: 1, coda_layers: 3}",
+    "data.lanes=8",
+    "data.sequence_latents=256",
+    "train.global_batch=8",
+    "train.micro_batch=4",
+)
 BROKEN = {
     "heads share the width": (["model.atto.heads=7"], ["model.atto.width", "256", "7"]),
     "kv heads share the heads": (["model.atto.kv_heads=3"], ["model.atto.kv_heads", "8", "3"]),
@@ -209,7 +223,7 @@ BROKEN = {
     "plain has one rank": (["parallel.host=plain", "parallel.dp=2"], ["parallel.host", "1 * 1 * 2"]),
     "plain is float32": (["parallel.host=plain", "parallel.dtype=bfloat16"], ["float32", "bfloat16"]),
     "lanes fill batches": (["data.lanes=12"], ["data.lanes", "12", "8"]),
-    "batches fill ranks": (["parallel.dp=4"], ["train.global_batch", "8", "4 * 4 = 16"]),
+    "batches fill ranks": (["parallel.dp=3"], ["train.global_batch", "8", "3 * 2 = 6"]),
     "moments decay": (["train.betas=[0.9,1.0]"], ["train.betas", "1.0"]),
     "weights name modalities": (["train.loss_weights.by_modality.video=1.0"], ["image, audio", "video"]),
     "names of modalities are free": (
@@ -222,8 +236,9 @@ BROKEN = {
 @pytest.mark.parametrize("claim", BROKEN)
 def test_a_broken_rule_is_one_sentence_with_its_numbers_and_keys(demo: Demo, claim: str) -> None:
     overrides, words = BROKEN[claim]
+    check(demo(*SIZES))
     with pytest.raises(ConfigError) as raised:
-        check(demo(*overrides))
+        check(demo(*SIZES, *overrides))
     assert [word for word in words if word not in sentence(raised)] == []
     assert "change " in sentence(raised) or "rename " in sentence(raised)
 
@@ -252,5 +267,5 @@ def test_every_layout_of_the_bars_passes(demo: Demo, overrides: list[str]) -> No
 
 def test_a_run_shorter_than_its_warm_up_is_warned_of(demo: Demo, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        check(demo("train.steps=6"))
+        check(demo("train.steps=6", "train.warmup_steps=50"))
     assert "train.warmup_steps is 50, more than train.steps 6" in caplog.text
