@@ -23,6 +23,13 @@ def patches_of_bucket(media: MediaConfig, bucket: int) -> int:
     return math.prod(cells // media.patch for cells in media.buckets[bucket])
 
 
+def places_of_axes(media: MediaConfig) -> tuple[int, int, int]:
+    """Most patches along t, y and x; 1 on an axis that the modality lacks."""
+    longest = [max(bucket[axis] for bucket in media.buckets) // media.patch for axis in range(media.rank)]
+    along = dict(zip({1: "t", 2: "yx", 3: "tyx"}[media.rank], longest, strict=True))
+    return along.get("t", 1), along.get("y", 1), along.get("x", 1)
+
+
 def build_preludi(model: ModelConfig) -> dict[str, TextPreludio | LatentPreludio]:
     """One Preludio a modality, text first."""
     text = model.text
@@ -39,7 +46,10 @@ def build_preludi(model: ModelConfig) -> dict[str, TextPreludio | LatentPreludio
     }
     for name, media in model.media.items():
         preludi[name] = LatentPreludio(
-            patch_scalars(media), atto_width=model.atto.width, num_buckets=len(media.buckets)
+            patch_scalars(media),
+            atto_width=model.atto.width,
+            num_buckets=len(media.buckets),
+            places=places_of_axes(media),
         )
     return preludi
 
@@ -59,6 +69,10 @@ def build_code(model: ModelConfig) -> dict[str, TextCoda | LatentCoda]:
     }
     for name, media in model.media.items():
         code[name] = LatentCoda(
-            patch_scalars(media), atto_width=model.atto.width, width=media.coda_width, layers=media.coda_layers
+            patch_scalars(media),
+            atto_width=model.atto.width,
+            width=media.coda_width,
+            layers=media.coda_layers,
+            places=places_of_axes(media),
         )
     return code

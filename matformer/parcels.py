@@ -76,6 +76,7 @@ class MediaUnits:
     """All spans of one latent modality in a microbatch. Rows N run over the patches of every span once.
 
     value: the clean patches x, normalised; noise: epsilon (zeros where the span is only given).
+    place: each patch's t, y, x in its span's grid of patches (0 on axes that the modality lacks).
     time: t of each span's noised copy (1 is noise), 0 where the span has none.
     noised_row / noised_slot: row in N and flat position b * S + s of every noised position; clean_*: likewise.
     header_slot, closing_slot: flat positions of each span's header and closing; bucket: its shape bucket.
@@ -84,6 +85,7 @@ class MediaUnits:
 
     value_NF: Float[Tensor, "N F"]
     noise_NF: Float[Tensor, "N F"]
+    place_NX: Int[Tensor, "N 3"]
     span_N: Int[Tensor, " N"]
     time_J: Float[Tensor, " J"]
     bucket_J: Int[Tensor, " J"]

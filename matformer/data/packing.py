@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from matformer.config.schema import ModelConfig
@@ -195,6 +196,7 @@ class _Text:
 class _Media:
     values: list[Tensor] = field(default_factory=list)
     noises: list[np.ndarray] = field(default_factory=list)
+    places: list[np.ndarray] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     buckets: list[int] = field(default_factory=list)
@@ -305,17 +307,18 @@ class _Builder:
         rows = len(value)
         generated = part.role == "generate"
         noise = self.draw(piece.document.key, self.spans, (rows, value.shape[1])) if generated else None
+        places = patch_places(part.latent.shape[1:], patch=self.model.media[part.modality].patch)
         begin = self.at
         header = self._take(1, Kind.HEADER)
         self.axes[self.row, header, 0] = self._tick(1)
         shared = self._tick(1)
         if noise is not None:
-            copy = self._copy(part, shared, rows, kind=Kind.NOISED)
+            copy = self._copy(places, shared, kind=Kind.NOISED)
             self.blind[self.row, begin : self.at] = noise.blind
             units.noised.append((units.rows, self._slot(copy.start)))
             units.noised_sizes.append(rows)
         if has_clean_copy(piece.document, span):
-            copy = self._copy(part, shared, rows, kind=Kind.CLEAN)
+            copy = self._copy(places, shared, kind=Kind.CLEAN)
             units.clean.append((units.rows, self._slot(copy.start)))
             units.clean_sizes.append(rows)
         closing = self._take(1, Kind.CLOSING)
@@ -323,6 +326,7 @@ class _Builder:
         self.modality[self.row, begin : self.at] = self.index[part.modality]
         self.media_number[self.row, begin : self.at] = self.spans
         units.values.append(value)
+        units.places.append(places)
         units.noises.append(noise.epsilon if noise else np.zeros(tuple(value.shape), np.float32))
         units.times.append(noise.time if noise else 0.0)
         units.sizes.append(rows)
@@ -336,15 +340,11 @@ class _Builder:
             target, bucket = self._what_comes(piece, span + 1)
             self._ask(closing.start, target, rule=OPEN, span_end=True, bucket=bucket)
 
-    def _copy(self, part: MediaSpan, clock: np.ndarray, rows: int, *, kind: Kind) -> slice:
-        where = self._take(rows, kind)
+    def _copy(self, places: np.ndarray, clock: np.ndarray, *, kind: Kind) -> slice:
+        where = self._take(len(places), kind)
         self.span[self.row, where] = 2 * self.spans + (kind == Kind.CLEAN)
         self.axes[self.row, where, 0] = clock
-        patch = self.model.media[part.modality].patch
-        grid = [size // patch for size in part.latent.shape[1:]]
-        # audio lies on t, images on y and x, video on all three
-        first = 2 if len(grid) == 2 else 1
-        self.axes[self.row, where, first : first + len(grid)] = np.indices(grid).reshape(len(grid), -1).T
+        self.axes[self.row, where, 1:] = places
         return where
 
     def _is_asked(self, piece: Piece, span: int) -> bool:
@@ -424,6 +424,7 @@ class _Builder:
         return MediaUnits(
             value_NF=torch.cat(units.values) if units.values else torch.zeros(0, features),
             noise_NF=torch.cat(noises) if noises else torch.zeros(0, features),
+            place_NX=torch.from_numpy(np.concatenate([np.zeros((0, 3), np.int64), *units.places])),
             span_N=torch.from_numpy(np.repeat(np.arange(len(units.sizes)), units.sizes)),
             time_J=torch.tensor(units.times, dtype=torch.float32),
             bucket_J=torch.tensor(units.buckets, dtype=torch.int64),
@@ -450,6 +451,15 @@ class _Builder:
             bucket_R=torch.tensor(route.buckets, dtype=torch.int64),
             document_R=torch.tensor(route.documents, dtype=torch.int64),
         )
+
+
+def patch_places(grid: Sequence[int], *, patch: int) -> Int[np.ndarray, "N 3"]:
+    """t, y, x of each patch in raster order: audio lies on t, images on y and x, video on all three."""
+    patches = [size // patch for size in grid]
+    places = np.zeros((math.prod(patches), 3), np.int64)
+    first = 1 if len(patches) == 2 else 0
+    places[:, first : first + len(patches)] = np.indices(patches).reshape(len(patches), -1).T
+    return places
 
 
 def _text_parcel(text: _Text) -> TextUnits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import final
 
 import torch
@@ -9,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from matformer.layers.flow import noised_rows
+from matformer.layers.place_embedding import PlaceEmbedding
 from matformer.layers.time_embedding import TimeEmbedding
 from matformer.parcels import MediaUnits
 from matformer.preludio.base import Preludio
@@ -16,15 +18,16 @@ from matformer.preludio.base import Preludio
 
 @final
 class LatentPreludio(Preludio[MediaUnits]):
-    """One linear map of each patch plus the time of its copy: t for noised patches, 0 for clean ones.
+    """One linear map of each patch, plus its place, plus the time of its copy: t for noised patches, 0 for clean ones.
 
     The header is an embedding of the shape bucket, the closing one vector: both belong to the modality.
     Source: BAGEL (time added to the latents); DiT, section 3.2 (patchify).
     """
 
-    def __init__(self, patch_scalars: int, *, atto_width: int, num_buckets: int) -> None:
+    def __init__(self, patch_scalars: int, *, atto_width: int, num_buckets: int, places: Sequence[int]) -> None:
         super().__init__()
         self.patch = nn.Linear(patch_scalars, atto_width)
+        self.place = PlaceEmbedding(atto_width, sizes=places)
         self.time = TimeEmbedding(atto_width)
         self.header_embedding = nn.Embedding(num_buckets, atto_width)
         self.closing_embedding = nn.Embedding(1, atto_width)
@@ -35,7 +38,8 @@ class LatentPreludio(Preludio[MediaUnits]):
         times = torch.cat((units.time_J, units.time_J.new_zeros(1)))  # the last: clean
         level_JH = self.time(times)
         span = torch.cat((units.span_N[units.noised_row_Q], torch.full_like(units.clean_row_Q, len(units.time_J))))
-        patches = self.patch(torch.cat((noised, clean)).to(self.patch.weight.dtype))
+        row = torch.cat((units.noised_row_Q, units.clean_row_Q))
+        patches = self.patch(torch.cat((noised, clean)).to(self.patch.weight.dtype)) + self.place(units.place_NX[row])
         rows = torch.cat(
             (
                 patches + level_JH.index_select(0, span),

@@ -71,11 +71,12 @@ def config(kind: str = "static", *, latents: int = 64, window: int = 6) -> RunCo
 
 
 def random_model(run: RunConfig) -> Matformer:
-    """Every weight random: also those that begin at zero, so that no part is silent."""
+    """Every weight random but the norms': also those that begin at zero, so that no part is silent."""
     model = Matformer(run.model, trunk=PlainHost(run).build_trunk())
     torch.manual_seed(0)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            torch.nn.init.normal_(parameter, std=0.3)
     return model.eval().requires_grad_(False)
 
 
