@@ -7,16 +7,15 @@ import hashlib
 import torch
 from torch import Tensor
 
-EMBEDDING_STD, PLACE_STD, HEAD_STD = 0.5, 0.1, 0.02
+EMBEDDING_STD, HEAD_STD = 0.5, 0.02
 
 
 def initial_value(name: str, shape: tuple[int, ...], *, seed: int, depth: int) -> Tensor:
     """The float32 start of the global parameter `name`, drawn from a generator of its own.
 
     Norm weights are 1; biases and the last layers of a media Coda 0 (its first velocity is then 0); embeddings normal
-    with std 0.5 (0.02 is drowned by the first layers: docs/LOG.md), those of places 0.1 (beside the patch, not over
-    it), output heads 0.02; other matrices with 1 / sqrt(fan in), those that write into the residual stream divided by
-    sqrt(2 depth). Source: GPT-2, section 2.3, for the residual scale.
+    with std 0.5 (0.02 is drowned by the first layers: docs/LOG.md), output heads 0.02; other matrices 1 / sqrt(fan in),
+    those that write into the residual stream divided by sqrt(2 depth). Source: GPT-2, section 2.3, for the latter.
     """
     kind = name.rsplit(".", 1)[-1]
     if "norm" in name and kind == "weight":
@@ -26,7 +25,7 @@ def initial_value(name: str, shape: tuple[int, ...], *, seed: int, depth: int) -
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     if "embedding" in name:
-        std = PLACE_STD if ".place." in name else EMBEDDING_STD
+        std = EMBEDDING_STD
     else:
         std = HEAD_STD if ".head" in name else shape[-1] ** -0.5
     if name.endswith((".output.weight", ".down.weight")):
