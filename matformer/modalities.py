@@ -6,7 +6,8 @@ import math
 
 from matformer.coda.latent import LatentCoda
 from matformer.coda.text import TextCoda
-from matformer.config.schema import MediaConfig, ModelConfig
+from matformer.config.schema import MediaConfig, ModelConfig, TextConfig
+from matformer.layers.ngrams import NgramSettings
 from matformer.preludio.latent import LatentPreludio
 from matformer.preludio.text import TextPreludio
 
@@ -16,6 +17,12 @@ MAX_PATCH = 256  # rows of the place-in-patch table; data.patcher.max_patch_byte
 def patch_scalars(media: MediaConfig) -> int:
     """F: scalars of one patch."""
     return media.channels * media.patch**media.rank
+
+
+def patch_variance(media: MediaConfig) -> list[float]:
+    """Variance of each scalar of a patch, in the order of `patchify`: 1 unless the config knows better."""
+    known = media.channel_variance if media.precondition == "channel" else None
+    return [value for value in known or (1.0,) * media.channels for _ in range(media.patch**media.rank)]
 
 
 def patches_of_bucket(media: MediaConfig, bucket: int) -> int:
@@ -30,6 +37,11 @@ def places_of_axes(media: MediaConfig) -> tuple[int, int, int]:
     return along.get("t", 1), along.get("y", 1), along.get("x", 1)
 
 
+def ngram_settings(text: TextConfig, sizes: tuple[int, ...]) -> NgramSettings:
+    """What a local model's table of n-grams is."""
+    return NgramSettings(sizes, rows=text.ngram_rows, gain=text.ngram_gain)
+
+
 def build_preludi(model: ModelConfig) -> dict[str, TextPreludio | LatentPreludio]:
     """One Preludio a modality, text first."""
     text = model.text
@@ -41,12 +53,13 @@ def build_preludi(model: ModelConfig) -> dict[str, TextPreludio | LatentPreludio
             ffn_width=text.ffn_width,
             layers=text.preludio_layers,
             window=text.window,
+            ngrams=ngram_settings(text, text.preludio_ngrams),
             max_patch=MAX_PATCH,
         )
     }
     for name, media in model.media.items():
         preludi[name] = LatentPreludio(
-            patch_scalars(media),
+            patch_variance(media),
             atto_width=model.atto.width,
             num_buckets=len(media.buckets),
             places=places_of_axes(media),
@@ -65,11 +78,12 @@ def build_code(model: ModelConfig) -> dict[str, TextCoda | LatentCoda]:
             ffn_width=text.ffn_width,
             layers=text.coda_layers,
             window=text.window,
+            ngrams=ngram_settings(text, text.coda_ngrams),
         )
     }
     for name, media in model.media.items():
         code[name] = LatentCoda(
-            patch_scalars(media),
+            patch_variance(media),
             atto_width=model.atto.width,
             width=media.coda_width,
             layers=media.coda_layers,

@@ -21,6 +21,7 @@ from matformer.config.check import check
 from matformer.config.load import load_run
 from matformer.config.schema import RunConfig
 from matformer.data.loader import Loader
+from matformer.data.statistics import with_statistics
 from matformer.engine.average import Average
 from matformer.engine.evaluate import HeldOut, evaluate_run
 from matformer.engine.folder import RunFolder, State
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_run(asked.config, asked.overrides)
         check(config)
-        return _run(config, rank=rank)
+        return _run(with_statistics(config), rank=rank)
     except MatformerError as error:
         log.error("%s", error)
         return error.exit_code

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from matformer.coda.base import Coda
 from matformer.layers.local_attention import LocalBlock, local_view
+from matformer.layers.ngrams import NgramEmbedding, NgramSettings
 from matformer.layers.norm import RMSNorm
 from matformer.parcels import TextUnits
 from matformer.shapes import NUM_SYMBOLS, NUM_TARGETS
@@ -19,13 +20,24 @@ class TextCoda(Coda[TextUnits]):
     """Local causal blocks over the symbols so far, each reading the latent just before the patch it predicts.
 
     Source: BLT, section 3.3 (local decoder); ours has a byte embedding of its own, so that only latents cross the
-    pipeline, and reads one latent (as its H / D slots).
+    pipeline, with hashed n-grams (BLT has them in the encoder alone), and reads one latent (as its H / D slots).
     """
 
-    def __init__(self, width: int, *, atto_width: int, heads: int, ffn_width: int, layers: int, window: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        *,
+        atto_width: int,
+        heads: int,
+        ffn_width: int,
+        layers: int,
+        window: int,
+        ngrams: NgramSettings,
+    ) -> None:
         super().__init__()
         self.heads, self.window, self.slots = heads, window, atto_width // width
         self.embedding = nn.Embedding(NUM_SYMBOLS, width)
+        self.ngram_embedding = NgramEmbedding(width, ngrams) if ngrams.sizes else None
         self.latent_norm = RMSNorm(width)
         self.readers = nn.ModuleList(LatentReader(width, heads) for _ in range(layers))
         self.blocks = nn.ModuleList(LocalBlock(width, heads, inner=ffn_width) for _ in range(layers))
@@ -36,6 +48,8 @@ class TextCoda(Coda[TextUnits]):
         before_PH = latent_LH.index_select(0, units.slot_P - 1)
         slot_PkD = self.latent_norm(before_PH.view(len(units.slot_P), self.slots, latent_LH.shape[1] // self.slots))
         x_UD = self.embedding(units.coda_input_U)
+        if self.ngram_embedding is not None:
+            x_UD = x_UD + self.ngram_embedding(units.coda_input_U, units.place_U)
         view = local_view(units.piece_U, units.place_U, window=self.window, head_size=x_UD.shape[1] // self.heads)
         for reader, block in zip(self.readers, self.blocks, strict=True):
             x_UD = block(x_UD + reader(x_UD, slot_PkD, units.patch_U), view)

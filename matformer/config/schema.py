@@ -10,6 +10,7 @@ Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Ratio = Annotated[float, Field(ge=0.0)]
+Ngrams = tuple[Annotated[int, Field(ge=2)], ...]
 
 
 class Section(BaseModel):
@@ -43,6 +44,10 @@ class TextConfig(Section):
     preludio_layers: Natural = Field(description="local causal layers before pooling")
     coda_layers: Positive
     window: Positive = Field(default=64, description="W, symbols that a symbol may look back, itself included")
+    preludio_ngrams: Ngrams = Field(default=(3, 4, 5, 6, 7, 8), description="sizes of hashed n-grams; [] has none")
+    coda_ngrams: Ngrams = Field(default=(2, 3, 4), description="the same for the Coda's input")
+    ngram_rows: Positive = Field(default=8192, description="rows of the table of each size")
+    ngram_gain: float = Field(default=8.0, gt=0.0, description="on what the tables give: they start at zero")
 
 
 class MediaConfig(Section):
@@ -54,6 +59,13 @@ class MediaConfig(Section):
     buckets: tuple[tuple[Positive, ...], ...] = Field(description="shapes of the grid, in latent cells, ascending")
     coda_width: Positive = Field(description="inner width of the Coda's blocks")
     coda_layers: Positive = Field(default=2, description="residual blocks of the Coda")
+    channel_variance: tuple[Annotated[float, Field(gt=0.0)], ...] | None = Field(
+        default=None,
+        description="of each channel, normalised; for `precondition: channel`, from the data set's manifest if absent",
+    )
+    precondition: Literal["channel", "unit"] = Field(
+        default="channel", description="scales around the network: by each channel's variance, or as if all were 1"
+    )
     objective: Literal["flow"] = "flow"
     time_conditioning: Literal["add"] = "add"
 

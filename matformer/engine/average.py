@@ -22,8 +22,11 @@ class Average:
     def update(self, num_steps: int) -> None:
         """Move towards the weights of step `num_steps` (counted from 1)."""
         share = 1.0 - min(self.decay, (1 + num_steps) / (10 + num_steps))
-        for name, weight in self.host.local_weights():
-            self.values[name].lerp_(weight.float(), share)
+        weights = dict(self.host.local_weights())
+        averages = [self.values[name] for name in weights]
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+            averages, [weight.float() for weight in weights.values()], share
+        )
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

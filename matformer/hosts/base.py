@@ -117,7 +117,7 @@ def build_optimizer(parameters: list[dict[str, object]], config: RunConfig) -> t
     train = config.train
     if train.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=train.lr)
-    return torch.optim.AdamW(parameters, lr=train.lr, betas=train.betas, eps=train.epsilon)
+    return torch.optim.AdamW(parameters, lr=train.lr, betas=train.betas, eps=train.epsilon, fused=True)
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, object]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +36,30 @@ def _frequencies(count: int, base: float, *, device: torch.device) -> Float[Tens
 def rotate(x: Float[Tensor, "... A K"], rotary: Rotary) -> Float[Tensor, "... A K"]:
     """Turn pair i = (x[i], x[i + K/2]) by its angle; the tables lack the head dim and are broadcast over it."""
     cos, sin = (table.unsqueeze(-2).to(x.dtype) for table in rotary)
+    return _Rotate.apply(x, cos, sin)  # pyright: ignore[reportReturnType]
+
+
+class _Rotate(torch.autograd.Function):
+    """Written into one tensor, half by half; the way back is the turn by the opposite angle."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # noqa: ANN401 - torch's contract
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin, sign=1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
+        cos, sin = ctx.saved_tensors
+        return _turned(grads[0], cos, sin, sign=-1), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, sign: int) -> Tensor:
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    turned = torch.empty_like(x, memory_format=torch.contiguous_format)
+    lower, upper = turned.chunk(2, dim=-1)
+    torch.mul(first, cos, out=lower).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=upper).addcmul_(first, sin, value=sign)
+    return turned
 
 
 def masked_attention(

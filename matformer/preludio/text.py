@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from matformer.layers.local_attention import LocalBlock, local_view
+from matformer.layers.ngrams import NgramEmbedding, NgramSettings
 from matformer.layers.norm import RMSNorm
 from matformer.layers.segments import segment_mean, segment_softmax_sum
 from matformer.parcels import TextUnits
@@ -18,18 +19,28 @@ from matformer.shapes import NUM_SYMBOLS
 
 @final
 class TextPreludio(Preludio[TextUnits]):
-    """Byte embedding, local causal blocks, pooling by cross-attention from each patch to its own symbols.
+    """Byte and n-gram embeddings, local causal blocks, pooling by cross-attention from each patch to its own symbols.
 
     Source: BLT, section 3.2 (local encoder); ours averages instead of taking the maximum for the first query, tells
     each symbol its place in the patch, and needs no padding to the longest patch.
     """
 
     def __init__(
-        self, width: int, *, atto_width: int, heads: int, ffn_width: int, layers: int, window: int, max_patch: int
+        self,
+        width: int,
+        *,
+        atto_width: int,
+        heads: int,
+        ffn_width: int,
+        layers: int,
+        window: int,
+        max_patch: int,
+        ngrams: NgramSettings,
     ) -> None:
         super().__init__()
         self.heads, self.window = heads, window
         self.embedding = nn.Embedding(NUM_SYMBOLS, width)
+        self.ngram_embedding = NgramEmbedding(width, ngrams) if ngrams.sizes else None
         self.place_embedding = nn.Embedding(max_patch, width)
         self.blocks = nn.ModuleList(LocalBlock(width, heads, inner=ffn_width) for _ in range(layers))
         self.pool = PatchPool(width, heads, slots=atto_width // width)
@@ -37,6 +48,8 @@ class TextPreludio(Preludio[TextUnits]):
     def forward(self, units: TextUnits) -> tuple[Float[Tensor, "P H"], Int[Tensor, " P"]]:
         num_patches = units.slot_P.numel()
         x_UD = self.embedding(units.symbol_U) + self.place_embedding(_place_in_patch(units.patch_U, num_patches))
+        if self.ngram_embedding is not None:
+            x_UD = x_UD + self.ngram_embedding(units.symbol_U, units.place_U)
         head_size = x_UD.shape[1] // self.heads
         view = local_view(units.piece_U, units.place_U, window=self.window, head_size=head_size)
         for block in self.blocks:

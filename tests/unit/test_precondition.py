@@ -1,0 +1,80 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from matformer.config.schema import DataConfig, SourceConfig
+from matformer.data.statistics import with_statistics
+from matformer.engine.baselines import gaussian_flow_loss
+from matformer.errors import DataError
+from matformer.layers.precondition import Precondition
+from matformer.modalities import patch_variance
+from tests.made import MODEL, tiny_run
+
+
+def test_a_network_that_says_nothing_is_the_best_linear_predictor() -> None:
+    # the baseline of the reports, written for another purpose, in numpy, with noise of its own
+    variance, draws = np.array([4.0, 0.25, 1e-3]), np.random.default_rng(0)
+    data = (draws.standard_normal((200_000, 3)) * np.sqrt(variance)).astype(np.float32)
+    clean = torch.from_numpy(data[100_000:])
+    for time in (0.05, 0.5, 0.9):
+        expected = gaussian_flow_loss(data[:100_000], data[100_000:], times=(time,), covariance="channel").value
+        noise = torch.from_numpy(draws.standard_normal(clean.shape, dtype=np.float32))
+        noised, times = (1 - time) * clean + time * noise, torch.full((len(clean),), time)
+        velocity = Precondition(variance.tolist()).velocity(torch.zeros_like(clean), noised, times)
+        assert float((velocity - (noise - clean)).square().mean()) == pytest.approx(expected, rel=0.01)
+
+
+def test_input_and_target_of_the_network_have_unit_variance() -> None:
+    draws, variance = torch.Generator().manual_seed(0), torch.tensor([9.0, 0.04])
+    clean = torch.randn(100_000, 2, generator=draws) * variance.sqrt()
+    noise = torch.randn(clean.shape, generator=draws)
+    part = Precondition(variance.tolist())
+    for time in (0.0, 0.3, 0.8):
+        times = torch.full((len(clean),), time)
+        noised = (1 - time) * clean + time * noise
+        torch.testing.assert_close(part.network_input(noised, times).var(0), torch.ones(2), rtol=0.02, atol=0)
+        linear = part.velocity(torch.zeros_like(clean), noised, times)
+        gain = part.velocity(torch.ones_like(clean), noised, times) - linear
+        torch.testing.assert_close(((noise - clean - linear) / gain).var(0), torch.ones(2), rtol=0.02, atol=0)
+
+
+def test_a_patch_names_its_variances_in_the_order_of_patchify() -> None:
+    media = MODEL.media["image"].model_copy(update={"channel_variance": (3.0, 0.5)})
+    assert patch_variance(media) == [3.0] * 4 + [0.5] * 4
+    assert patch_variance(media.model_copy(update={"precondition": "unit"})) == [1.0] * 8
+    assert patch_variance(MODEL.media["image"]) == [1.0] * 8
+
+
+def pairs_at(root: Path, *, channels: int) -> DataConfig:
+    folder = root / "pictures" / "train"
+    folder.mkdir(parents=True)
+    latents = {"scale": 0.5, "channel_variance": [8.0, 0.0, 1.0][:channels]}
+    (folder / "manifest.json").write_text(json.dumps({"latents": latents}))
+    source = SourceConfig(path="pictures", form="pairs", modality="image", weight=1.0)
+    return DataConfig(root=str(root), recipe=None, lanes=8, sequence_latents=48, sources={"pictures": source})
+
+
+def test_a_run_takes_the_variances_of_its_data(tmp_path: Path) -> None:
+    config = tiny_run().model_copy(update={"data": pairs_at(tmp_path, channels=2)})
+    media = with_statistics(config).model.media
+    assert media["image"].channel_variance == (2.0, 1e-4)
+    assert media["audio"].channel_variance is None  # no source has it
+    told = config.model.media["image"].model_copy(update={"channel_variance": (1.0, 2.0)})
+    model = config.model.model_copy(update={"media": {"image": told}})
+    assert with_statistics(config.model_copy(update={"model": model})).model.media["image"] == told
+
+
+def test_other_channels_than_the_models_are_one_sentence(tmp_path: Path) -> None:
+    config = tiny_run().model_copy(update={"data": pairs_at(tmp_path, channels=3)})
+    with pytest.raises(DataError, match="model.media.image.channels = 2 channels, got 3 in data.sources.pictures"):
+        with_statistics(config)
+
+
+def test_statistics_that_are_missing_are_one_sentence(tmp_path: Path) -> None:
+    data = pairs_at(tmp_path, channels=2)
+    (tmp_path / "pictures" / "train" / "manifest.json").write_text("{}")
+    with pytest.raises(DataError, match="must hold the latents' statistics"):
+        with_statistics(tiny_run().model_copy(update={"data": data}))
