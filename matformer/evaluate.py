@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -44,7 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def table(evaluation: Evaluation, *, title: str) -> Table:
-    """Our numbers beside what needs no model; better is counted in standard errors of the difference."""
+    """Our numbers beside what needs no model; better is counted in standard errors of the difference.
+
+    Where both score the same documents it is taken document by document, else the rival is exact.
+    """
     numbers = {name.split("/", 1)[1]: value for name, value in evaluation.numbers.items()}
     shown = Table(
         *(Column(name, no_wrap=True, min_width=width) for name, width in HEAD.items()),
@@ -53,7 +55,7 @@ def table(evaluation: Evaluation, *, title: str) -> Table:
         box=None,
     )
     for name, value in numbers.items():
-        if name.endswith(("_stderr", "_z", "_num_concepts")) or name == "router/majority":
+        if name.endswith(("_stderr", "_z", "_num_concepts")) or "/below_" in name or name == "router/majority":
             continue
         stderr = numbers.get(f"{name}_stderr")
         rivals = _rivals(name, numbers=numbers, baselines=evaluation.baselines)
@@ -61,7 +63,9 @@ def table(evaluation: Evaluation, *, title: str) -> Table:
             shown.add_row(name, _measured(value, stderr), "", "", "")
         for place, (label, rival, rival_stderr, direction) in enumerate(rivals):
             ours = (name, _measured(value, stderr)) if place == 0 else ("", "")
-            margin = _margin(direction * (value - rival), stderr, rival_stderr)
+            below = f"{name.split('/')[0]}/below_{label}"
+            gain = numbers.get(below, direction * (value - rival))
+            margin = _margin(gain, numbers.get(f"{below}_stderr", stderr))
             shown.add_row(*ours, label, _measured(rival, rival_stderr), margin)
     return shown
 
@@ -83,10 +87,9 @@ def _measured(value: float, stderr: float | None) -> str:
     return f"{value:.4f}" + (f" ± {stderr:.4f}" if stderr is not None else "")
 
 
-def _margin(gain: float, stderr: float | None, rival_stderr: float | None) -> str:
-    """Standard errors of the difference, as if the two were independent: both see the same documents, so it is more."""
-    spread = math.hypot(stderr or 0.0, rival_stderr or 0.0)
-    return f"{gain / spread:+.1f}" if spread > 0 else ""
+def _margin(gain: float, stderr: float | None) -> str:
+    """How many standard errors a difference is."""
+    return f"{gain / stderr:+.1f}" if stderr else ""
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -204,13 +204,17 @@ def _layout(parallel: Tree) -> str | None:
 
 @dataclass(frozen=True)
 class Claim:
-    """A held-out number and what it must beat, the nearest rival first."""
+    """A held-out number and what it must beat, the nearest rival first.
+
+    below: the key of the difference to that rival, where both were scored on the same documents.
+    """
 
     label: str
     unit: str
     key: str
     rivals: tuple[tuple[str, float | None, float | None], ...]
     higher: bool = False
+    below: str = ""
 
 
 def learned(material: Material) -> str:
@@ -221,7 +225,7 @@ def learned(material: Material) -> str:
         return page.missing(title, "No held-out numbers yet: metrics.jsonl holds none.")
     lead = (
         "Held-out numbers beside what needs no model. A tick: better than the first rival by more than two standard "
-        "errors of their difference, taken as independent."
+        "errors; where both score the same documents, those of their difference, document by document."
     )
     head = ("", "this model", "average (EMA)", "rivals", "")
     return page.section(title, page.table(head, rows, numbers=(1, 2)), lead=lead)
@@ -236,10 +240,12 @@ def _claims(material: Material) -> list[Claim]:
     text = tuple(
         rival(label, f"text/{key}") for label, key in (("order 2", "order2"), ("xz", "xz"), ("order 0", "order0"))
     )
-    claims = [Claim("Text", "bits per byte, lower is better", "text/bits_per_byte", text)]
+    claims = [Claim("Text", "bits per byte, lower is better", "text/bits_per_byte", text, below="text/below_order2")]
     for name in material.media:
         rivals = (rival("Gaussian", f"{name}/gaussian"), rival("Gaussian by channel", f"{name}/gaussian_channel"))
-        claims.append(Claim(name.capitalize(), "flow loss a scalar, lower is better", f"{name}/flow_loss", rivals))
+        below = f"{name}/below_gaussian" + ("" if f"{name}/gaussian" in bases else "_channel")
+        unit = "flow loss a scalar, lower is better"
+        claims.append(Claim(name.capitalize(), unit, f"{name}/flow_loss", rivals, below=below))
     majority = (("always the commonest", material.last("heldout/router/majority"), None),)
     claims.append(
         Claim("Router", "right at ends of spans, higher is better", "router/span_end_accuracy", majority, True)
@@ -257,12 +263,11 @@ def _claim_row(claim: Claim, *, material: Material) -> list[str] | None:
     if value is None and average is None:
         return None
     rivals = [rival for rival in claim.rivals if rival[1] is not None]
-    judged, judged_error = (average, average_error) if value is None else (value, error)
     label = f"{page.text(claim.label)}<br><span class=error>{page.text(claim.unit)}</span>"
     shown = "<br>".join(
         f"{_measured(amount, spread)} <span class=error>{page.text(name)}</span>" for name, amount, spread in rivals
     )
-    mark = _mark(judged, judged_error, rival=rivals[0], higher=claim.higher) if rivals and judged is not None else ""
+    mark = _mark(*_ahead(claim, material=material), name=rivals[0][0]) if rivals else ""
     return [label, _measured(value, error), _measured(average, average_error), shown or "–", mark]
 
 
@@ -272,16 +277,28 @@ def _measured(value: float | None, error: float | None) -> str:
     return f"{value:.3f}" + (f" <span class=error>± {error:.3f}</span>" if error is not None else "")
 
 
-def _mark(value: float, error: float | None, *, rival: tuple[str, float | None, float | None], higher: bool) -> str:
-    name, other, spread = rival
-    assert other is not None
-    ahead = (value - other) if higher else (other - value)
-    noise = 2 * math.hypot(error or 0.0, spread or 0.0)
-    if ahead > noise:
-        return f'<span class="mark good">✓ beats {page.text(name)}</span>'
-    if ahead < -noise:
-        return f'<span class="mark bad">✗ behind {page.text(name)}</span>'
-    return f'<span class="mark even">≈ level with {page.text(name)}</span>'
+def _ahead(claim: Claim, *, material: Material) -> tuple[float, float]:
+    """How far ahead of its first rival a number is, and the standard error of that: paired where it was measured so."""
+    for prefix in ("heldout_ema", "heldout"):
+        below, error = (material.last(f"{prefix}/{claim.below}{end}") for end in ("", "_stderr"))
+        if below is not None and error is not None:
+            return below, error
+    for prefix in ("heldout", "heldout_ema"):
+        value, error = (material.last(f"{prefix}/{claim.key}{end}") for end in ("", "_stderr"))
+        other, spread = next((amount, spread) for _, amount, spread in claim.rivals if amount is not None)
+        if value is not None:
+            return (value - other if claim.higher else other - value), math.hypot(error or 0.0, spread or 0.0)
+    raise AssertionError("a claim without a number has no row")
+
+
+def _mark(ahead: float, error: float, *, name: str) -> str:
+    """More than two standard errors are a difference."""
+    how = f" <span class=error>by {abs(ahead) / error:.1f} s.e.</span>" if error > 0 else ""
+    if ahead > 2 * error:
+        return f'<span class="mark good">✓ beats {page.text(name)}</span>{how}'
+    if ahead < -2 * error:
+        return f'<span class="mark bad">✗ behind {page.text(name)}</span>{how}'
+    return f'<span class="mark even">≈ level with {page.text(name)}</span>{how}'
 
 
 # Curves

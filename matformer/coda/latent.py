@@ -22,8 +22,10 @@ from matformer.parcels import MediaUnits
 class LatentCoda(Coda[MediaUnits]):
     """A residual MLP over (latent, noised patch, place, time), inside the closed form that `Precondition` gives.
 
-    The last layer starts at zero: the first velocity is that of a Gaussian with these variances.
-    Source: MAR, section 3.2 (a small MLP a patch).
+    The network's answer is a vector and a gain on each scalar of its input: where the local variance is not the
+    channel's (silence, a white border) the best answer is another multiple of the noised patch, which an MLP would have
+    to carry through its width. Both last layers start at zero: the first velocity is that of a Gaussian with these
+    variances. Sources: MAR, section 3.2 (a small MLP a patch); Gaussian scale mixtures (Portilla 2003) for the gain.
     """
 
     def __init__(
@@ -39,13 +41,15 @@ class LatentCoda(Coda[MediaUnits]):
         self.blocks = nn.ModuleList(SwiGLU(width, 2 * width) for _ in range(layers))
         self.output_norm = RMSNorm(width)
         self.velocity = nn.Linear(width, len(variance))
+        self.gain = nn.Linear(width, len(variance))
 
     def forward(self, latent_LH: Float[Tensor, "L H"], units: MediaUnits) -> Float[Tensor, "Qn F"]:
         noised, time_Q = noised_rows(units)
-        patch = self.precondition.network_input(noised, time_Q).to(self.patch.weight.dtype)
+        patch_QF = self.precondition.network_input(noised, time_Q).to(self.patch.weight.dtype)
         level = self.time(units.time_J).index_select(0, units.span_N[units.noised_row_Q])
         x = self.latent(latent_LH.index_select(0, units.noised_slot_Q))
-        x = x + self.patch(patch) + self.place(units.place_NX[units.noised_row_Q]) + level
+        x = x + self.patch(patch_QF) + self.place(units.place_NX[units.noised_row_Q]) + level
         for norm, block in zip(self.norms, self.blocks, strict=True):
             x = x + block(norm(x))
-        return self.precondition.velocity(self.velocity(self.output_norm(x)), noised, time_Q)
+        x = self.output_norm(x)
+        return self.precondition.velocity(self.velocity(x) + self.gain(x) * patch_QF, noised, time_Q)

@@ -13,7 +13,7 @@ import lzma
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from matformer.shapes import END
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 TIMES = tuple((k - 0.5) / 8 for k in range(1, 9))
 """Noise levels of the held-out flow loss."""
 MAX_TRAIN_LATENTS = 20_000
@@ -44,10 +44,19 @@ _CHUNK = 1 << 23
 
 @dataclass(frozen=True)
 class Score:
-    """A mean over all held-out terms and its standard error over samples (documents or spans)."""
+    """A mean over all held-out terms, its standard error over samples (documents or spans), and each sample's sum."""
 
     value: float
     stderr: float
+    totals: np.ndarray = field(compare=False)
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """numbers: what `compute_baselines` names. totals: of those that score documents, the sum of each by its key."""
+
+    numbers: dict[str, float]
+    totals: dict[str, dict[str, float]]
 
 
 class ByteCounts:
@@ -141,20 +150,21 @@ def gaussian_flow_loss(
     return ratio(np.bincount(rows, weights=errors), np.bincount(rows) * clean.shape[1])
 
 
-def compute_baselines(config: RunConfig, *, text_bytes: int, media_spans: int) -> dict[str, float]:
+def compute_baselines(config: RunConfig, *, text_bytes: int, media_spans: int) -> Baselines:
     """Every baseline of this data set; kept beside it as baselines-<fingerprint>.json and read back from there.
 
-    Keys: text/order0, text/order2 (each with _stderr), text/xz, <modality>/gaussian (where all its latents have one
+    Numbers: text/order0, text/order2 (each with _stderr), text/xz, <modality>/gaussian (where all its latents have one
     shape) and <modality>/gaussian_channel (each with _stderr). Raises DataError if the data cannot be read.
     """
     texts = _heldout_texts(config, text_bytes=text_bytes)
     media = {name: _heldout_latents(config, modality=name, media_spans=media_spans) for name in config.model.media}
     kept = Path(config.data.root) / f"baselines-{_fingerprint(config, texts=texts, media=media)}.json"
     if kept.is_file():
-        return json.loads(kept.read_text(encoding="utf-8"))
-    found = _text_baselines(config, heldout=texts)
+        return Baselines(**json.loads(kept.read_text(encoding="utf-8")))
+    found = Baselines({}, {})
+    _add_text(found, config, heldout=texts)
     for modality, heldout in media.items():
-        found |= _media_baselines(config, modality=modality, heldout=heldout)
+        _add_media(found, config, modality=modality, heldout=heldout)
     _keep(found, kept)
     return found
 
@@ -201,28 +211,28 @@ def ratio(sums: Sequence[float] | np.ndarray, sizes: Sequence[int] | np.ndarray)
     value = totals.sum() / max(counts.sum(), 1.0)
     n = len(totals)
     if n < 2:
-        return Score(float(value), math.nan)
+        return Score(float(value), math.nan, totals)
     spread = np.square(totals - value * counts).sum() * n / (n - 1)
-    return Score(float(value), float(math.sqrt(spread) / max(counts.sum(), 1.0)))
+    return Score(float(value), float(math.sqrt(spread) / max(counts.sum(), 1.0)), totals)
 
 
-def _heldout_texts(config: RunConfig, *, text_bytes: int) -> list[bytes]:
-    return [
-        b"".join(span.data for span in document.spans if isinstance(span, TextSpan))
+def _heldout_texts(config: RunConfig, *, text_bytes: int) -> dict[str, bytes]:
+    return {
+        document.key: b"".join(span.data for span in document.spans if isinstance(span, TextSpan))
         for name, source in config.data.sources.items()
         if source.form == "text"
         for document in heldout_documents(config, name, max_bytes=text_bytes)
-    ]
+    }
 
 
-def _heldout_latents(config: RunConfig, *, modality: str, media_spans: int) -> list[np.ndarray]:
-    return [
-        span.latent
+def _heldout_latents(config: RunConfig, *, modality: str, media_spans: int) -> dict[str, np.ndarray]:
+    return {
+        document.key: span.latent
         for name in _paired_sources(config, modality=modality)
         for document in heldout_documents(config, name, max_spans=media_spans)
         for span in document.spans
         if isinstance(span, MediaSpan) and span.modality == modality
-    ]
+    }
 
 
 def _paired_sources(config: RunConfig, *, modality: str) -> list[str]:
@@ -230,9 +240,9 @@ def _paired_sources(config: RunConfig, *, modality: str) -> list[str]:
     return [name for name, source in sources if source.form == "pairs" and source.modality in (None, modality)]
 
 
-def _text_baselines(config: RunConfig, *, heldout: list[bytes]) -> dict[str, float]:
+def _add_text(found: Baselines, config: RunConfig, *, heldout: dict[str, bytes]) -> None:
     if not heldout:
-        return {}
+        return
     counts = ByteCounts()
     for source in config.data.sources.values():
         if source.form != "text":
@@ -240,26 +250,24 @@ def _text_baselines(config: RunConfig, *, heldout: list[bytes]) -> dict[str, flo
         reader = ShardReader(Path(config.data.root) / source.path / "train")
         for i in range(len(reader)):
             counts.add(reader.view(i, "bytes"), reader.array(i, "docs.npy"))
-    found = {"text/xz": xz_bits_per_byte(heldout)}
-    for order, score in counts.fit().score(heldout).items():
-        found |= _named(f"text/{order}", score)
-    return found
+    found.numbers["text/xz"] = xz_bits_per_byte(list(heldout.values()))
+    for order, score in counts.fit().score(list(heldout.values())).items():
+        _add(found, f"text/{order}", score, keys=heldout)
 
 
-def _media_baselines(config: RunConfig, *, modality: str, heldout: list[np.ndarray]) -> dict[str, float]:
+def _add_media(found: Baselines, config: RunConfig, *, modality: str, heldout: dict[str, np.ndarray]) -> None:
     sources = _paired_sources(config, modality=modality)
     train = [latent for name in sources for latent in _train_latents(config, name, modality=modality)]
     if not heldout or not train:
-        return {}
-    cells = [_cells(latent) for latent in heldout]
+        return
+    cells = [_cells(latent) for latent in heldout.values()]
     sample = np.repeat(np.arange(len(cells)), [len(rows) for rows in cells])
     rows = np.concatenate([_cells(latent) for latent in train])
     score = gaussian_flow_loss(rows, np.concatenate(cells), covariance="channel", sample=sample)
-    found = _named(f"{modality}/gaussian_channel", score)
-    if len({latent.shape for latent in (*train, *heldout)}) == 1:
-        flat = [np.stack([latent.reshape(-1) for latent in latents]) for latents in (train, heldout)]
-        found |= _named(f"{modality}/gaussian", gaussian_flow_loss(flat[0], flat[1]))
-    return found
+    _add(found, f"{modality}/gaussian_channel", score, keys=heldout)
+    if len({latent.shape for latent in (*train, *heldout.values())}) == 1:
+        flat = [np.stack([latent.reshape(-1) for latent in latents]) for latents in (train, heldout.values())]
+        _add(found, f"{modality}/gaussian", gaussian_flow_loss(flat[0], flat[1]), keys=heldout)
 
 
 def _train_latents(config: RunConfig, name: str, *, modality: str) -> Iterable[np.ndarray]:
@@ -278,15 +286,17 @@ def _cells(latent: Float[np.ndarray, "C ..."]) -> Float[np.ndarray, "cells C"]:
     return latent.reshape(len(latent), -1).T
 
 
-def _named(name: str, score: Score) -> dict[str, float]:
-    found = {name: score.value}
-    return found | {f"{name}_stderr": score.stderr} if math.isfinite(score.stderr) else found
+def _add(found: Baselines, name: str, score: Score, *, keys: Iterable[str]) -> None:
+    found.numbers[name] = score.value
+    if math.isfinite(score.stderr):
+        found.numbers[f"{name}_stderr"] = score.stderr
+    found.totals[name] = dict(zip(keys, score.totals.tolist(), strict=True))
 
 
-def _fingerprint(config: RunConfig, *, texts: list[bytes], media: dict[str, list[np.ndarray]]) -> str:
+def _fingerprint(config: RunConfig, *, texts: dict[str, bytes], media: dict[str, dict[str, np.ndarray]]) -> str:
     """Of everything the numbers depend on: what is scored, the train splits' manifests, and this file's version."""
     digest = hashlib.sha256(f"{VERSION}".encode())
-    scored = [*texts, *(latent.tobytes() for latents in media.values() for latent in latents)]
+    scored = [*texts.values(), *(latent.tobytes() for latents in media.values() for latent in latents.values())]
     for content in scored:
         digest.update(hashlib.sha256(content).digest())
     for source in config.data.sources.values():
@@ -298,11 +308,11 @@ def _fingerprint(config: RunConfig, *, texts: list[bytes], media: dict[str, list
     return digest.hexdigest()[:16]
 
 
-def _keep(found: dict[str, float], path: Path) -> None:
+def _keep(found: Baselines, path: Path) -> None:
     """Write beside the data; a data set that is read-only costs the computation again, not the run."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        beside.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
         os.replace(beside, path)
     except OSError as error:
         log.warning("baselines are not kept in %s: %s", path, error)

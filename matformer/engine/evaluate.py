@@ -18,7 +18,7 @@ from matformer.data.loader import heldout_batches, pack_documents
 from matformer.data.mixture import BadSamples, Mixture
 from matformer.data.packing import document_positions, with_noise
 from matformer.data.sources import Document, Stream, open_source
-from matformer.engine.baselines import TIMES, compute_baselines, ratio
+from matformer.engine.baselines import TIMES, Baselines, compute_baselines, ratio
 from matformer.engine.document_sums import Documents, document_sums, gather_documents, velocity_scalars
 from matformer.engine.paired import caption_gain
 from matformer.engine.restore import load_for_inference
@@ -41,10 +41,12 @@ class HeldOut:
         self.config = config
         self._tables: dict[str, Documents] | None = None
 
-    def __call__(self, host: Host, *, full: bool = False) -> dict[str, float]:
+    def __call__(self, host: Host, *, full: bool = False, rivals: Baselines | None = None) -> dict[str, float]:
         """Keys `heldout/...`; `full` adds whether captions are used (minutes rather than seconds). Collective.
 
-        Raises DataError if held-out data cannot be read.
+        `rivals`, scored on the same documents, add how far below each of them the model stands
+        (`heldout/text/below_order2`), with the standard error of the difference, document by document. Raises DataError
+        if held-out data cannot be read.
         """
         if self._tables is None:
             self._tables = dict(_tables(self.config))
@@ -53,15 +55,16 @@ class HeldOut:
         for (part, table), sums in zip(tables.items(), document_sums(host, list(tables.values())), strict=True):
             score = {"text": _text_numbers, "router": _router_numbers}.get(part)
             found |= score(table, sums) if score else _media_numbers(table, sums, modality=part)
+            found |= _below(table, sums, part=part, rivals=rivals) if rivals else {}
         if full and (num_spans := CAPTIONED_A_SPAN * self.config.eval.media_spans):
             for modality in self.config.model.media:
                 found |= caption_gain(host, self.config, modality=modality, num_spans=num_spans)
         return found
 
 
-def evaluate(host: Host, config: RunConfig, *, full: bool) -> dict[str, float]:
+def evaluate(host: Host, config: RunConfig, *, full: bool, rivals: Baselines | None = None) -> dict[str, float]:
     """`HeldOut` once: whoever evaluates again keeps one, and its batches with it. Collective."""
-    return HeldOut(config)(host, full=full)
+    return HeldOut(config)(host, full=full, rivals=rivals)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +89,10 @@ def evaluate_run(
     asked = config.eval.model_copy(update={name: value for name, value in amounts.items() if value is not None})
     config = config.model_copy(update={"eval": asked})
     baselines = _baselines(config, asked)
-    numbers = evaluate(host, config, full=True)
+    numbers = evaluate(host, config, full=True, rivals=baselines)
     if ema:
         numbers = {name.replace("heldout/", "heldout_ema/", 1): value for name, value in numbers.items()}
-    evaluation = Evaluation(host.steps, numbers, baselines)
+    evaluation = Evaluation(host.steps, numbers, baselines.numbers)
     _keep(Path(run_folder), evaluation)
     return evaluation
 
@@ -126,12 +129,31 @@ def _mixed(config: RunConfig, num_documents: int) -> list[Document]:
 
 
 def _text_numbers(table: Documents, sums: dict[str, np.ndarray]) -> dict[str, float]:
-    num_bytes = table.count(lambda batch: (batch.text.document_U, batch.text.symbol_U != END))
-    return _named("heldout/text/bits_per_byte", sums["text"] / math.log(2), num_bytes)
+    return _named("heldout/text/bits_per_byte", *_score(table, sums, part="text"))
 
 
 def _media_numbers(table: Documents, sums: dict[str, np.ndarray], *, modality: str) -> dict[str, float]:
-    return _named(f"heldout/{modality}/flow_loss", sums[modality], table.count(lambda b: velocity_scalars(b, modality)))
+    return _named(f"heldout/{modality}/flow_loss", *_score(table, sums, part=modality))
+
+
+def _score(table: Documents, sums: dict[str, np.ndarray], *, part: str) -> tuple[np.ndarray, np.ndarray]:
+    """Of each document: bits and bytes of text, or squared errors and scalars of media."""
+    if part == "text":
+        return sums["text"] / math.log(2), table.count(lambda b: (b.text.document_U, b.text.symbol_U != END))
+    return sums[part], table.count(lambda batch: velocity_scalars(batch, part))
+
+
+def _below(table: Documents, sums: dict[str, np.ndarray], *, part: str, rivals: Baselines) -> dict[str, float]:
+    """A rival's loss less ours on each document that both scored; what a document is like drops out of the error."""
+    found: dict[str, float] = {}
+    for name, totals in rivals.totals.items():
+        if name.startswith(f"{part}/"):
+            ours, sizes = _score(table, sums, part=part)
+            # the flow loss counts a scalar once at every noise level, a rival's total is already their mean
+            times = 1 if part == "text" else len(TIMES)
+            theirs = np.array([totals[key] for key in table.keys]) * times
+            found |= _named(f"heldout/{part}/below_{name.split('/')[1]}", theirs - ours, sizes)
+    return found
 
 
 def _router_numbers(table: Documents, sums: dict[str, np.ndarray]) -> dict[str, float]:
@@ -152,7 +174,7 @@ def _named(name: str, sums: np.ndarray, sizes: np.ndarray) -> dict[str, float]:
     return {name: score.value} | ({f"{name}_stderr": score.stderr} if math.isfinite(score.stderr) else {})
 
 
-def _baselines(config: RunConfig, asked: EvalConfig) -> dict[str, float]:
+def _baselines(config: RunConfig, asked: EvalConfig) -> Baselines:
     """Of the parts that are asked for."""
     sources = {
         name: source

@@ -21,7 +21,7 @@ def initial_value(name: str, shape: tuple[int, ...], *, seed: int, depth: int) -
     kind = name.rsplit(".", 1)[-1]
     if "norm" in name and kind == "weight":
         return torch.ones(shape)
-    if kind == "bias" or ".velocity." in name or ".ngram_embedding." in name:
+    if kind == "bias" or ".velocity." in name or ".gain." in name or ".ngram_embedding." in name:
         return torch.zeros(shape)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

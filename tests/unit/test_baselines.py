@@ -164,19 +164,25 @@ def config(tmp_path: Path) -> RunConfig:
 
 
 def test_baselines_of_a_data_set_are_those_of_its_parts(config: RunConfig) -> None:
-    found = compute_baselines(config, text_bytes=1000, media_spans=200)
+    baselines = compute_baselines(config, text_bytes=1000, media_spans=200)
+    found = baselines.numbers
     expected = sum(by_hand(document, CORPUS, order=2) for document in (b"abz", b"b")) / 4
     assert found["text/order2"] == pytest.approx(expected, rel=1e-6)
     white = np.mean([1 / ((1 - t) ** 2 + t**2) for t in TIMES])  # normalised: variance 1 in every direction
     for name in ("image/gaussian", "image/gaussian_channel"):
         assert found[name] == pytest.approx(white, abs=5 * found[f"{name}_stderr"])
+        assert sum(baselines.totals[name].values()) / (200 * 8) == pytest.approx(found[name])
+    assert baselines.totals["text/order2"] == pytest.approx(
+        {f"text/block-{i}": by_hand(document, CORPUS, order=2) for i, document in enumerate((b"abz", b"b"))}
+    )
 
 
 def test_baselines_are_kept_until_what_is_scored_changes(config: RunConfig) -> None:
     root = Path(config.data.root)
     first = compute_baselines(config, text_bytes=1000, media_spans=20)
     (kept,) = root.glob("baselines-*.json")
-    kept.write_text(json.dumps({**first, "text/xz": -1.0}))
-    assert compute_baselines(config, text_bytes=1000, media_spans=20)["text/xz"] == -1.0
+    kept.write_text(json.dumps({"numbers": {**first.numbers, "text/xz": -1.0}, "totals": first.totals}))
+    again = compute_baselines(config, text_bytes=1000, media_spans=20)
+    assert again.numbers["text/xz"] == -1.0 and again.totals == first.totals
     write_text(root / "text" / "heldout", [b"abba"])
-    assert compute_baselines(config, text_bytes=1000, media_spans=20)["text/xz"] > 0
+    assert compute_baselines(config, text_bytes=1000, media_spans=20).numbers["text/xz"] > 0

@@ -21,6 +21,7 @@ from matformer.data.loader import heldout_documents
 from matformer.data.packing import build_batch, with_noise
 from matformer.data.shards import ShardWriter
 from matformer.data.sources import open_source
+from matformer.engine.baselines import Baselines, compute_baselines
 from matformer.engine.document_sums import document_sums
 from matformer.engine.evaluate import HeldOut, evaluate
 from matformer.engine.paired import caption_gain, other_captions, spread, subjects_of
@@ -130,6 +131,28 @@ def test_all_promised_numbers_are_there(numbers: dict[str, float]) -> None:
     expected += ["router/majority", "router/accuracy"]
     assert sorted(numbers) == sorted(f"heldout/{name}" for name in expected)
     assert all(math.isfinite(value) for value in numbers.values())
+
+
+def test_a_rivals_margin_is_the_mean_difference_over_documents(root: Path, numbers: dict[str, float]) -> None:
+    run = config(root)
+    host, _ = build(run)
+    asked = {"text_bytes": 300, "media_spans": 5}
+    rivals = compute_baselines(run, **asked)
+    found = evaluate(host, run, full=False, rivals=rivals)
+    for name, score, rival in (
+        ("text/below_order2", "text/bits_per_byte", "text/order2"),
+        ("image/below_gaussian", "image/flow_loss", "image/gaussian"),
+        ("audio/below_gaussian_channel", "audio/flow_loss", "audio/gaussian_channel"),
+    ):
+        assert found[f"heldout/{name}"] == pytest.approx(rivals.numbers[rival] - numbers[f"heldout/{score}"], rel=1e-5)
+        assert found[f"heldout/{name}_stderr"] > 0
+    # a rival that is equally bad at every document: all that is left is our own spread
+    sevens = {document.key: 7.0 * 32 for document in heldout_documents(run, "images", max_spans=5)}
+    found = evaluate(host, run, full=False, rivals=Baselines({}, {"image/seven": sevens}))
+    assert found["heldout/image/below_seven"] == pytest.approx(7.0 - numbers["heldout/image/flow_loss"], rel=1e-5)
+    assert found["heldout/image/below_seven_stderr"] == pytest.approx(
+        numbers["heldout/image/flow_loss_stderr"], rel=1e-4
+    )
 
 
 @pytest.mark.parametrize(("micro_batch", "length"), [(1, 48), (3, 131)])
@@ -316,8 +339,9 @@ def test_the_door_writes_what_it_shows(
     assert loss == pytest.approx(numbers["heldout/image/flow_loss"], rel=1e-6)
     assert not any(name.startswith("text/") for name in line["baselines"])
     (row,) = [row.split() for row in shown if row.split()[:1] == ["image/flow_loss"]]
-    error, rival = line["heldout/image/flow_loss_stderr"], line["baselines"][f"image/{row[4]}"]
-    better = (rival - loss) / math.hypot(error, line["baselines"][f"image/{row[4]}_stderr"])
+    error, below = line["heldout/image/flow_loss_stderr"], f"heldout/image/below_{row[4]}"
+    assert line[below] == pytest.approx(line["baselines"][f"image/{row[4]}"] - loss)
+    better = line[below] / line[f"{below}_stderr"]
     assert row[1:4] == [f"{loss:.4f}", "±", f"{error:.4f}"]
     assert row[-1] == f"{better:+.1f}"
     assert json.loads((run_folder / "baselines.json").read_text()) == line["baselines"]
