@@ -85,7 +85,8 @@ class TextWriter:
     def __init__(self, model: Matformer, rows: Sequence[Row], *, config: RunConfig) -> None:
         text = config.model.text
         self.model, self.config = model, config
-        self.sight = text.coda_layers * (text.window - 1) + 1
+        # what the layers look back over, and the n-grams of the first symbol that they see
+        self.sight = text.coda_layers * (text.window - 1) + max(text.coda_ngrams, default=1)
         patcher = build_patcher(config.data.patcher)
         self.pens = [_Pen(given_media(row.spans), patcher.boundary()) for row in rows]
         for pen, row in zip(self.pens, rows, strict=True):
