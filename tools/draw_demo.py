@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
     figure = Figure(figsize=(13, 7.4), layout="constrained", dpi=100)
-    above, below = _parts(figure, 2, 1, height_ratios=(1, 1.55))
+    above, below = _parts(figure, heights=(1, 1.55))
     for axes, curve in zip(above.subplots(1, len(CURVES)), CURVES, strict=True):
         _draw_curve(axes, asked.runs, *curve)
     _draw_samples(below, asked.runs[0])
@@ -48,8 +48,11 @@ def main() -> int:
     return 0
 
 
-def _parts(figure: Figure | SubFigure, rows: int, columns: int, **ratios: Sequence[float]) -> Sequence[SubFigure]:
-    return np.ravel(np.asarray(figure.subfigures(rows, columns, squeeze=False, **ratios))).tolist()
+def _parts(
+    figure: Figure | SubFigure, *, heights: Sequence[float] = (1,), widths: Sequence[float] = (1,)
+) -> list[SubFigure]:
+    parts = figure.subfigures(len(heights), len(widths), squeeze=False, height_ratios=heights, width_ratios=widths)  # pyright: ignore
+    return np.ravel(np.asarray(parts)).tolist()
 
 
 def _draw_curve(axes: Axes, runs: list[Path], title: str, key: str, rivals: tuple[tuple[str, str], ...]) -> None:
@@ -74,7 +77,7 @@ def _draw_curve(axes: Axes, runs: list[Path], title: str, key: str, rivals: tupl
 
 def _draw_samples(figure: SubFigure, run: Path) -> None:
     samples = _json(run / "samples" / "samples.json")
-    pictures, words = _parts(figure, 1, 2, width_ratios=(1.35, 1))
+    pictures, words = _parts(figure, widths=(1.35, 1))
     shown = samples["image"][:8]
     grid = pictures.subplots(3, len(shown), squeeze=False)
     for column, sample in enumerate(shown):

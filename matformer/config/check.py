@@ -61,6 +61,19 @@ def check_patcher(config: RunConfig) -> None:
     )
 
 
+def check_entropy(config: RunConfig) -> None:
+    """The entropy patchers need a model and a threshold."""
+    patcher = config.data.patcher
+    if not patcher.kind.startswith("entropy"):
+        return
+    for key in ("entropy_model", "threshold"):
+        _must(
+            getattr(patcher, key) is not None,
+            f"data.patcher.{key} must be set for data.patcher.kind {patcher.kind}, got none; "
+            "`python -m data_prep.train_entropy_model` makes a model, `python -m data_prep.score_entropy` a threshold",
+        )
+
+
 def check_media_names(config: RunConfig) -> None:
     """Names of modalities become keys of metrics and folders of samples."""
     for name in config.model.media:
@@ -215,6 +228,7 @@ RULES = (
     check_rotary,
     check_text,
     check_patcher,
+    check_entropy,
     check_media_names,
     check_media_buckets,
     check_sequence,

@@ -94,9 +94,17 @@ class ModelConfig(Section):
 class PatcherConfig(Section):
     """Where text patches begin."""
 
-    kind: Literal["static", "space"] = "static"
+    kind: Literal["static", "space", "entropy", "entropy_monotonic"] = "static"
     patch_bytes: Positive = Field(default=4, description="symbols of a static patch")
     max_patch_bytes: Positive = Field(default=16, description="longest patch of any patcher")
+    threshold: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="entropy kinds: nats above which a patch begins; data_prep.score_entropy picks it",
+    )
+    entropy_model: str | None = Field(
+        default=None, description="entropy kinds: folder of data_prep.train_entropy_model"
+    )
 
 
 class SourceConfig(Section):
@@ -182,6 +190,9 @@ class EvalConfig(Section):
     every_steps: Natural = Field(default=200, description="0 evaluates only at the end")
     text_bytes: Natural = Field(default=60_000, description="bytes of held-out text, whole documents")
     media_spans: Natural = Field(default=64, description="held-out spans of each latent modality")
+    final_media_spans: Natural | None = Field(
+        default=None, description="the same when the run is done; as before if absent"
+    )
 
 
 class RunSection(Section):

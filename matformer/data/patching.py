@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from matformer.config.schema import PatcherConfig
+from matformer.data.entropy import EntropyModel, ExactEntropy, entropies, input_symbols, load_entropy_model
 from matformer.shapes import END
 
 
@@ -82,11 +84,7 @@ class SpacePatcher(Patcher):
         ends[0] = False  # nothing stands before it that a patch could end
         ends[1:] &= ~spaces[:-1]
         ends[-1] = True
-        runs = np.diff(np.flatnonzero(ends), prepend=-1)
-        chunks = -(-runs // self.max_patch_bytes)
-        lengths = np.full(int(chunks.sum()), self.max_patch_bytes, np.int32)
-        lengths[np.cumsum(chunks) - 1] = runs - (chunks - 1) * self.max_patch_bytes
-        return lengths
+        return chunked(np.diff(np.flatnonzero(ends), prepend=-1), longest=self.max_patch_bytes)
 
     def boundary(self) -> Boundary:
         """See Patcher."""
@@ -95,6 +93,96 @@ class SpacePatcher(Patcher):
     def identity(self) -> dict[str, Any]:
         """See Patcher."""
         return {"kind": "space", "max_patch_bytes": self.max_patch_bytes}
+
+
+class EntropyPatcher(Patcher):
+    """A patch begins where the next symbol is hard to guess: H(symbol | bytes before it) > threshold.
+
+    `monotonic`: where H rose by more than the threshold since the symbol before. The first symbol always begins a
+    patch, `<end>` may; no patch is longer than `max_patch_bytes`. Sources: BLT, section 2.3, equations 2 and 3: their
+    `i < 2 or H[i - 1] > threshold` over BOS and bytes is the same rule.
+    """
+
+    def __init__(self, model: EntropyModel, *, threshold: float, max_patch_bytes: int, monotonic: bool = False) -> None:
+        self.model, self.exact = model, ExactEntropy(model)
+        self.threshold, self.max_patch_bytes, self.monotonic = threshold, max_patch_bytes, monotonic
+
+    def lengths(self, symbols: np.ndarray) -> np.ndarray:
+        """See Patcher."""
+        if len(symbols) == 0:
+            return np.zeros(0, np.int32)
+        data = symbols[symbols != END].astype(np.uint8).tobytes()
+        return self.lengths_of(data, nats=entropies(self.model, [data])[0][: len(symbols)])
+
+    def lengths_of(self, data: bytes, *, nats: np.ndarray) -> np.ndarray:
+        """The same from entropies that are known, one a symbol (n, or n + 1 with `<end>`).
+
+        Where single precision could not tell the sides of the threshold apart, the exact entropy decides.
+        """
+        excess = self._excess(nats.astype(np.float64))
+        inputs = input_symbols(data)
+        for i in np.flatnonzero(np.abs(excess) < _MARGIN).tolist():
+            excess[i] = self.exact_excess(inputs[: i + 1])
+        return self._cut(excess > 0)
+
+    def rough_lengths(self, nats: np.ndarray) -> np.ndarray:
+        """As `lengths_of`, without a second look at what lies near the threshold: for picking one."""
+        return self._cut(self._excess(nats) > 0)
+
+    def _cut(self, begins: np.ndarray) -> np.ndarray:
+        begins[0] = True
+        return chunked(np.diff(np.flatnonzero(begins), append=len(begins)), longest=self.max_patch_bytes)
+
+    def _excess(self, nats: np.ndarray) -> np.ndarray:
+        """How far each symbol is above the threshold."""
+        return nats - self.threshold - (np.concatenate([nats[:1], nats[:-1]]) if self.monotonic else 0.0)
+
+    def exact_excess(self, inputs: np.ndarray) -> float:
+        """Of the symbol after these inputs."""
+        before = self.exact(inputs[:-1]) if self.monotonic and len(inputs) > 1 else 0.0
+        return self.exact(inputs) - before - self.threshold
+
+    def boundary(self) -> Boundary:
+        """See Patcher."""
+        return _EntropyBoundary(self)
+
+    def identity(self) -> dict[str, Any]:
+        """See Patcher."""
+        return {
+            "kind": "entropy_monotonic" if self.monotonic else "entropy",
+            "threshold": self.threshold,
+            "max_patch_bytes": self.max_patch_bytes,
+            "model": self.model.fingerprint,
+        }
+
+
+_MARGIN = 1e-3
+"""Nats within which a difference of entropies in float32 is not trusted: its error is about a hundredth of this."""
+
+
+def chunked(runs: np.ndarray, *, longest: int) -> np.ndarray:
+    """Runs of symbols, those beyond `longest` cut into pieces of it from their start; int32."""
+    chunks = -(-runs // longest)
+    lengths = np.full(int(chunks.sum()), longest, np.int32)
+    lengths[np.cumsum(chunks) - 1] = runs - (chunks - 1) * longest
+    return lengths
+
+
+class _EntropyBoundary(Boundary):
+    def __init__(self, patcher: EntropyPatcher) -> None:
+        self._patcher = patcher
+        self._inputs = input_symbols(b"")
+        self._length = 0
+
+    def push(self, symbol: int) -> bool:
+        if symbol == END:
+            return True
+        self._inputs = np.append(self._inputs, symbol)[-(self._patcher.model.settings.sight + 1) :]
+        self._length += 1
+        ends = self._length == self._patcher.max_patch_bytes or self._patcher.exact_excess(self._inputs) > 0
+        if ends:
+            self._length = 0
+        return ends
 
 
 class _StaticBoundary(Boundary):
@@ -124,10 +212,18 @@ class _SpaceBoundary(Boundary):
 
 
 def build_patcher(config: PatcherConfig) -> Patcher:
-    """The patcher that a config names."""
+    """The patcher that a config names. Raises DataError if its entropy model cannot be read."""
     if config.kind == "static":
         return StaticPatcher(min(config.patch_bytes, config.max_patch_bytes))
-    return SpacePatcher(config.max_patch_bytes)
+    if config.kind == "space":
+        return SpacePatcher(config.max_patch_bytes)
+    assert config.threshold is not None and config.entropy_model is not None, "the config's check asks for both"
+    return EntropyPatcher(
+        load_entropy_model(Path(config.entropy_model)),
+        threshold=config.threshold,
+        max_patch_bytes=config.max_patch_bytes,
+        monotonic=config.kind == "entropy_monotonic",
+    )
 
 
 def text_symbols(data: bytes | memoryview, *, ended: bool = True) -> np.ndarray:

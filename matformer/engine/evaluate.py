@@ -37,8 +37,10 @@ NOISE_SEED = 0
 class HeldOut:
     """The held-out batches of a run, built at the first call, and their numbers under a host's present weights."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, *, captioned: int | None = None) -> None:
+        """`captioned`: media of the caption test, which costs forty times what a span of the flow loss does."""
         self.config = config
+        self.captioned = CAPTIONED_A_SPAN * config.eval.media_spans if captioned is None else captioned
         self._tables: dict[str, Documents] | None = None
 
     def __call__(self, host: Host, *, full: bool = False, rivals: Baselines | None = None) -> dict[str, float]:
@@ -56,9 +58,9 @@ class HeldOut:
             score = {"text": _text_numbers, "router": _router_numbers}.get(part)
             found |= score(table, sums) if score else _media_numbers(table, sums, modality=part)
             found |= _below(table, sums, part=part, rivals=rivals) if rivals else {}
-        if full and (num_spans := CAPTIONED_A_SPAN * self.config.eval.media_spans):
+        if full and self.captioned:
             for modality in self.config.model.media:
-                found |= caption_gain(host, self.config, modality=modality, num_spans=num_spans)
+                found |= caption_gain(host, self.config, modality=modality, num_spans=self.captioned)
         return found
 
 
@@ -85,11 +87,15 @@ def evaluate_run(
     ConfigError, CheckpointError or DataError.
     """
     config, host, _ = load_for_inference(run_folder, ema=ema)
-    amounts = {"text_bytes": text_bytes, "media_spans": media_spans}
+    captioned = CAPTIONED_A_SPAN * (config.eval.media_spans if media_spans is None else media_spans)
+    amounts = {
+        "text_bytes": text_bytes,
+        "media_spans": config.eval.final_media_spans if media_spans is None else media_spans,
+    }
     asked = config.eval.model_copy(update={name: value for name, value in amounts.items() if value is not None})
     config = config.model_copy(update={"eval": asked})
     baselines = _baselines(config, asked)
-    numbers = evaluate(host, config, full=True, rivals=baselines)
+    numbers = HeldOut(config, captioned=captioned)(host, full=True, rivals=baselines)
     if ema:
         numbers = {name.replace("heldout/", "heldout_ema/", 1): value for name, value in numbers.items()}
     evaluation = Evaluation(host.steps, numbers, baselines.numbers)

@@ -1,0 +1,191 @@
+"""A small byte model that says how uncertain the next symbol is: where a patch begins under the entropy patchers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from matformer.errors import DataError
+from matformer.layers.local_attention import LocalBlock, local_view
+from matformer.layers.ngrams import NgramEmbedding, NgramSettings
+from matformer.layers.norm import RMSNorm
+from matformer.layers.precision import at_least_float32
+from matformer.shapes import BEGIN, NUM_SYMBOLS, NUM_TARGETS
+
+SETTINGS_FILE, WEIGHTS_FILE = "entropy.json", "entropy.safetensors"
+ROW_SYMBOLS = 1 << 14
+"""Symbols that are scored at once: memory stays flat however long a document is."""
+
+
+@dataclass(frozen=True, slots=True)
+class EntropySettings:
+    """Sizes of the model. ngrams: sizes of hashed n-grams, `ngram_rows` rows of each; window: symbols looked back."""
+
+    width: int = 64
+    heads: int = 2
+    ffn_width: int = 128
+    layers: int = 1
+    window: int = 32
+    ngrams: tuple[int, ...] = (2, 3, 4)
+    ngram_rows: int = 8192
+
+    @property
+    def sight(self) -> int:
+        """Inputs that a prediction can depend on, its own included."""
+        return self.layers * (self.window - 1) + max(self.ngrams, default=1)
+
+
+class EntropyModel(nn.Module):
+    """Logits of the next symbol after `<begin>` and each byte, from a local window. Source: BLT, section 2.3."""
+
+    def __init__(self, settings: EntropySettings) -> None:
+        super().__init__()
+        self.settings = settings
+        width = settings.width
+        self.embedding = nn.Embedding(NUM_SYMBOLS, width)
+        sizes = NgramSettings(settings.ngrams, rows=settings.ngram_rows, gain=8.0)
+        self.ngram_embedding = NgramEmbedding(width, sizes) if settings.ngrams else None
+        self.blocks = nn.ModuleList(
+            LocalBlock(width, settings.heads, inner=settings.ffn_width) for _ in range(settings.layers)
+        )
+        self.output_norm = RMSNorm(width)
+        self.head = nn.Linear(width, NUM_TARGETS, bias=False)
+
+    def forward(
+        self, symbol_U: Int[Tensor, " U"], piece_U: Int[Tensor, " U"], place_U: Int[Tensor, " U"]
+    ) -> Float[Tensor, "U 257"]:
+        """`symbol` are inputs of pieces one after the other; nothing crosses from piece to piece."""
+        x_UD = self.embedding(symbol_U)
+        if self.ngram_embedding is not None:
+            x_UD = x_UD + self.ngram_embedding(symbol_U, place_U)
+        head_size = self.settings.width // self.settings.heads
+        view = local_view(piece_U, place_U, window=self.settings.window, head_size=head_size)
+        for block in self.blocks:
+            x_UD = block(x_UD, view)
+        return self.head(self.output_norm(x_UD))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of settings and weights: what a data set's manifest remembers of the model that cut it."""
+        return hashlib.sha256(self._settings_bytes() + self._weights_bytes()).hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write settings and weights into `folder`, which is made when missing."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / WEIGHTS_FILE).write_bytes(self._weights_bytes())
+        (folder / SETTINGS_FILE).write_bytes(self._settings_bytes())
+
+    def _settings_bytes(self) -> bytes:
+        return (json.dumps(asdict(self.settings), indent=1) + "\n").encode()
+
+    def _weights_bytes(self) -> bytes:
+        return safetensors.torch.save({name: value.detach().contiguous() for name, value in self.state_dict().items()})
+
+
+def load_entropy_model(folder: Path) -> EntropyModel:
+    """What `EntropyModel.save` wrote. Raises DataError if a file is missing, damaged or of another model."""
+    try:
+        tree = json.loads((folder / SETTINGS_FILE).read_bytes())
+        model = EntropyModel(EntropySettings(**{**tree, "ngrams": tuple(tree["ngrams"])}))
+        model.load_state_dict(safetensors.torch.load((folder / WEIGHTS_FILE).read_bytes()))
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+        raise DataError(
+            f"{folder} must hold an entropy model ({SETTINGS_FILE}, {WEIGHTS_FILE}), got: {error}; train one with "
+            "`python -m data_prep.train_entropy_model` or set data.patcher.entropy_model"
+        ) from error
+    return model.eval().requires_grad_(False)
+
+
+def input_symbols(data: bytes | np.ndarray) -> Int[np.ndarray, " n1"]:
+    """`<begin>` and the bytes: after input i the model predicts symbol i of the bytes and `<end>`."""
+    symbols = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
+    return np.concatenate([[BEGIN], symbols.astype(np.int64)])
+
+
+@torch.no_grad()
+def entropies(model: EntropyModel, documents: Sequence[bytes]) -> list[Float[np.ndarray, " n1"]]:
+    """Of each document: H(symbol i | bytes before i) in nats, i = 0 .. n (the last symbol is `<end>`); float32.
+
+    Documents are scored side by side in rows of at most ROW_SYMBOLS; a longer one is cut into pieces that begin with
+    as much of what stands before them as the model can see.
+    """
+    found: list[list[np.ndarray]] = [[] for _ in documents]
+    for pieces in _rows(documents, sight=model.settings.sight):
+        lengths = [len(piece.inputs) for piece in pieces]
+        inputs = torch.from_numpy(np.concatenate([piece.inputs for piece in pieces]))
+        places = torch.from_numpy(np.concatenate([piece.first + np.arange(len(piece.inputs)) for piece in pieces]))
+        numbers = torch.from_numpy(np.repeat(np.arange(len(pieces)), lengths))
+        nats = _entropy(model(inputs, numbers, places)).numpy()
+        for piece, scored in zip(pieces, np.split(nats, np.cumsum(lengths)[:-1]), strict=True):
+            found[piece.document].append(scored[piece.seen_before :])
+    return [np.concatenate(parts) for parts in found]
+
+
+def _entropy(logits_UV: Float[Tensor, "U 257"]) -> Float[Tensor, " U"]:
+    log_p = at_least_float32(logits_UV).log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Inputs of a document from place `first` on; the first `seen_before` of them are context, scored elsewhere."""
+
+    document: int
+    first: int
+    inputs: np.ndarray
+    seen_before: int
+
+
+def _rows(documents: Sequence[bytes], *, sight: int) -> Iterator[list[_Piece]]:
+    row: list[_Piece] = []
+    size = 0
+    for piece in _pieces(documents, sight=sight):
+        if row and size + len(piece.inputs) > ROW_SYMBOLS:
+            yield row
+            row, size = [], 0
+        row.append(piece)
+        size += len(piece.inputs)
+    if row:
+        yield row
+
+
+def _pieces(documents: Sequence[bytes], *, sight: int) -> Iterator[_Piece]:
+    for number, data in enumerate(documents):
+        inputs = input_symbols(data)
+        for begin in range(0, len(inputs), ROW_SYMBOLS):
+            first = max(0, begin - sight + 1)
+            yield _Piece(number, first, inputs[first : begin + ROW_SYMBOLS], begin - first)
+
+
+class ExactEntropy:
+    """H after one prefix, the same number however a document came: in float64, over rows of one fixed shape.
+
+    A prediction depends on the last `sight` inputs alone; they stand at the end of a row whose rest is another piece.
+    """
+
+    def __init__(self, model: EntropyModel) -> None:
+        double = EntropyModel(model.settings)
+        double.load_state_dict(model.state_dict())
+        self._model = double.double().eval().requires_grad_(False)
+        self._sight = model.settings.sight
+
+    @torch.no_grad()
+    def __call__(self, inputs: Int[np.ndarray, " n1"]) -> float:
+        """Nats of the symbol after all of these inputs (`<begin>` and bytes)."""
+        first = max(0, len(inputs) - self._sight)
+        kept = inputs[first:]
+        missing = self._sight - len(kept)
+        symbols = torch.from_numpy(np.concatenate([np.zeros(missing, np.int64), kept]))
+        piece = torch.cat((torch.zeros(missing, dtype=torch.int64), torch.ones(len(kept), dtype=torch.int64)))
+        place = torch.cat((torch.arange(missing), torch.arange(first, first + len(kept))))
+        return float(_entropy(self._model(symbols, piece, place)[-1:]))
