@@ -36,6 +36,8 @@ from matformer.errors import DataError, MatformerError
 log = logging.getLogger("data_prep.score_entropy")
 
 SPLITS = ("train", "heldout")
+SAMPLE_BLOCKS = 4
+"""Blocks of train that a threshold is picked on: about 4 MB."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     asked = _parser().parse_args(arguments)
     try:
+        if asked.out.exists():
+            raise DataError(f"{asked.out} must not exist yet, got a folder or file; remove it or change --out")
         work = asked.out.with_name(f".{asked.out.name}.scoring")
         fingerprint = load_entropy_model(asked.model).fingerprint
         jobs = {split: _jobs(asked.data / split, work=work, model=asked.model, tag=fingerprint) for split in SPLITS}
@@ -61,8 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
         score([job for split in SPLITS for job in jobs[split]], processes=asked.processes)
         patcher = _patcher(asked, jobs["train"])
         for split in SPLITS:
-            mean = write(asked.data / split, asked.out / split, jobs[split], patcher=patcher)
+            mean = write(asked.data / split, work / "whole" / split, jobs[split], patcher=patcher)
             log.info("%s: %.3f symbols a patch", asked.out / split, mean)
+        os.replace(work / "whole", asked.out)
         shutil.rmtree(work)
     except MatformerError as error:
         sys.stderr.write(f"{error}\n")
@@ -152,7 +157,7 @@ def write(source: Path, folder: Path, jobs: Sequence[Job], *, patcher: EntropyPa
     symbols = patches = 0
     with ShardWriter(folder, form="text", extra=extra | {"patcher": patcher.identity()}) as writer:
         for job in jobs:
-            nats = np.load(io.BytesIO(job.file.read_bytes()))
+            nats = _scored(job)
             documents = _split(reader, job.block, nats=nats)
             lengths = np.concatenate([patcher.lengths_of(data, nats=own) for data, own in documents])
             members = reader.read(job.block) | {
@@ -192,15 +197,21 @@ def _patcher(asked: argparse.Namespace, jobs: Sequence[Job]) -> EntropyPatcher:
     patcher = EntropyPatcher(
         model, threshold=asked.threshold or 1.0, max_patch_bytes=longest, monotonic=asked.monotonic
     )
+    sample = [
+        one for job in jobs[:SAMPLE_BLOCKS] for one in _split(ShardReader(job.folder), job.block, nats=_scored(job))
+    ]
     if asked.threshold is None:
-        chosen = jobs[: max(1, -(-asked.sample_bytes // (1 << 20)))]
-        documents = [
-            one
-            for job in chosen
-            for one in _split(ShardReader(job.folder), job.block, nats=np.load(io.BytesIO(job.file.read_bytes())))
-        ]
-        patcher.threshold = pick_threshold(documents, patcher=patcher, mean_patch=asked.mean_patch)
+        patcher.threshold = pick_threshold(sample, patcher=patcher, mean_patch=asked.mean_patch)
+    elif (largest := max(patcher.largest_excess(nats) for _, nats in sample)) <= 0:
+        raise DataError(
+            f"a threshold must let patches begin, got {asked.threshold:g} where the largest value is "
+            f"{asked.threshold + largest:.3f} nats; change --threshold"
+        )
     return patcher
+
+
+def _scored(job: Job) -> Float[np.ndarray, " symbols"]:
+    return np.load(io.BytesIO(job.file.read_bytes()))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -213,9 +224,6 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--threshold", type=float, help="nats")
     parser.add_argument("--monotonic", action="store_true", help="a rise of the entropy instead of its height")
     parser.add_argument("--max-patch-bytes", type=int, default=16)
-    parser.add_argument(
-        "--sample-bytes", type=int, default=4 << 20, help="bytes of train that the threshold is picked on"
-    )
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     return parser
 

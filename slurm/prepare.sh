@@ -48,6 +48,6 @@ prepare_data() {
 
 plan --check
 mkdir -p cache
-exec 9>cache/.lock
+exec 9>cache/.prepare.lock # not cache/.lock: that is what data_prep.fetch, called below, waits for
 if command -v flock >/dev/null; then flock 9; fi
 prepare_data

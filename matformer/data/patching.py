@@ -129,6 +129,10 @@ class EntropyPatcher(Patcher):
         """As `lengths_of`, without a second look at what lies near the threshold: for picking one."""
         return self._cut(self._excess(nats) > 0)
 
+    def largest_excess(self, nats: np.ndarray) -> float:
+        """How far the most surprising symbol is above the threshold."""
+        return float(self._excess(nats).max())
+
     def _cut(self, begins: np.ndarray) -> np.ndarray:
         begins[0] = True
         return chunked(np.diff(np.flatnonzero(begins), append=len(begins)), longest=self.max_patch_bytes)

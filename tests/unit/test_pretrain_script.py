@@ -151,6 +151,34 @@ def test_without_an_argument_it_runs_the_demo(copy: Project) -> None:
     assert copy.started()["alone"]["argv"] == ["configs/run/demo.yaml"]
 
 
+PREPARES = """
+    import sys
+    from pathlib import Path
+    from data_prep.fetch import fetch
+    root, cache = Path(sys.argv[sys.argv.index("--out") + 1]), Path(sys.argv[sys.argv.index("--cache") + 1])
+    fetch(cache, packages=[])
+    for source in ("text", "images", "speech", "albums"):
+        for split in ("train", "heldout"):
+            manifest = root / source / split / "manifest.json"
+            manifest.parent.mkdir(parents=True)
+            manifest.touch()
+"""
+
+
+def test_data_that_are_missing_are_prepared_under_a_lock_that_the_downloads_do_not_wait_for(
+    project: Path, copy: Project
+) -> None:
+    shutil.rmtree(copy.path / "data")
+    (copy.path / "data_prep").mkdir()
+    for file in ("__init__.py", "fetch.py"):
+        shutil.copy(project / "data_prep" / file, copy.path / "data_prep" / file)
+    (copy.path / "data_prep" / "demo.py").write_text(textwrap.dedent(PREPARES))
+    end = copy.run()  # a deadlock ends in its time limit
+    assert end.returncode == 0, end.stderr
+    assert (copy.path / "data" / "demo" / "text" / "train" / "manifest.json").is_file()
+    assert copy.started()["alone"]["argv"]
+
+
 def test_overrides_alone_go_to_the_demo(copy: Project) -> None:
     assert copy.run("train.steps=60", "data.sources.text.main_language=a b").returncode == 0
     assert copy.started()["alone"]["argv"][1:] == ["train.steps=60", "data.sources.text.main_language=a b"]
