@@ -34,7 +34,7 @@ LENGTH = 48  # latents of a sequence
 def tiny_model(*, layers: int = 2) -> ModelConfig:
     """Two media, two buckets each; grouped heads; every rotary axis has a pair."""
     atto = AttoConfig(width=32, layers=layers, heads=4, kv_heads=2, ffn_width=48, rotary_pairs=(1, 1, 1, 1))
-    text = TextConfig(width=16, heads=2, ffn_width=24, preludio_layers=1, coda_layers=2, window=5)
+    text = TextConfig(width=16, heads=2, ffn_width=24, preludio_layers=1, coda_layers=2, window=5, ngram_rows=64)
     image = MediaConfig(channels=2, rank=2, patch=2, buckets=((4, 4), (4, 8)), coda_width=16)
     audio = MediaConfig(channels=3, rank=1, patch=2, buckets=((8,), (16,)), coda_width=16, coda_layers=1)
     return ModelConfig(atto=atto, text=text, media={"image": image, "audio": audio})

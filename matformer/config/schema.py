@@ -190,9 +190,9 @@ class EvalConfig(Section):
     every_steps: Natural = Field(default=200, description="0 evaluates only at the end")
     text_bytes: Natural = Field(default=60_000, description="bytes of held-out text, whole documents")
     media_spans: Natural = Field(default=64, description="held-out spans of each latent modality")
-    final_media_spans: Natural | None = Field(
-        default=None, description="the same when the run is done; as before if absent"
-    )
+    final_text_bytes: Natural | None = Field(default=None, description="text_bytes when the run is done, if others")
+    final_media_spans: Natural | None = Field(default=None, description="media_spans when the run is done, if others")
+    captioned_spans: Natural = Field(default=128, description="held-out media of the caption test when the run is done")
 
 
 class RunSection(Section):

@@ -29,18 +29,14 @@ log = logging.getLogger(__name__)
 
 ROUTER_DOCUMENTS_A_SPAN = 2
 """Documents of the router's mixture for each of eval.media_spans; a text document has one question that counts."""
-CAPTIONED_A_SPAN = 2
-"""Media of the caption test for each of eval.media_spans."""
 NOISE_SEED = 0
 
 
 class HeldOut:
     """The held-out batches of a run, built at the first call, and their numbers under a host's present weights."""
 
-    def __init__(self, config: RunConfig, *, captioned: int | None = None) -> None:
-        """`captioned`: media of the caption test, which costs forty times what a span of the flow loss does."""
+    def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.captioned = CAPTIONED_A_SPAN * config.eval.media_spans if captioned is None else captioned
         self._tables: dict[str, Documents] | None = None
 
     def __call__(self, host: Host, *, full: bool = False, rivals: Baselines | None = None) -> dict[str, float]:
@@ -58,9 +54,10 @@ class HeldOut:
             score = {"text": _text_numbers, "router": _router_numbers}.get(part)
             found |= score(table, sums) if score else _media_numbers(table, sums, modality=part)
             found |= _below(table, sums, part=part, rivals=rivals) if rivals else {}
-        if full and self.captioned:
+        if full and self.config.eval.media_spans and self.config.eval.captioned_spans:
             for modality in self.config.model.media:
-                found |= caption_gain(host, self.config, modality=modality, num_spans=self.captioned)
+                spans = self.config.eval.captioned_spans
+                found |= caption_gain(host, self.config, modality=modality, num_spans=spans)
         return found
 
 
@@ -87,15 +84,14 @@ def evaluate_run(
     ConfigError, CheckpointError or DataError.
     """
     config, host, _ = load_for_inference(run_folder, ema=ema)
-    captioned = CAPTIONED_A_SPAN * (config.eval.media_spans if media_spans is None else media_spans)
     amounts = {
-        "text_bytes": text_bytes,
+        "text_bytes": config.eval.final_text_bytes if text_bytes is None else text_bytes,
         "media_spans": config.eval.final_media_spans if media_spans is None else media_spans,
     }
     asked = config.eval.model_copy(update={name: value for name, value in amounts.items() if value is not None})
     config = config.model_copy(update={"eval": asked})
     baselines = _baselines(config, asked)
-    numbers = HeldOut(config, captioned=captioned)(host, full=True, rivals=baselines)
+    numbers = evaluate(host, config, full=True, rivals=baselines)
     if ema:
         numbers = {name.replace("heldout/", "heldout_ema/", 1): value for name, value in numbers.items()}
     evaluation = Evaluation(host.steps, numbers, baselines.numbers)

@@ -35,7 +35,15 @@ from matformer.parallel.seeds import generator
 
 MODEL = {
     "atto": {"width": 16, "layers": 1, "heads": 2, "kv_heads": 1, "ffn_width": 16, "rotary_pairs": (1, 1, 1, 1)},
-    "text": {"width": 8, "heads": 1, "ffn_width": 8, "preludio_layers": 1, "coda_layers": 1, "window": 6},
+    "text": {
+        "width": 8,
+        "heads": 1,
+        "ffn_width": 8,
+        "preludio_layers": 1,
+        "coda_layers": 1,
+        "window": 6,
+        "ngram_rows": 64,
+    },
     "media": {
         "image": {"channels": 2, "rank": 2, "patch": 2, "buckets": ((4, 4),), "coda_width": 8},
         "audio": {"channels": 3, "rank": 1, "patch": 2, "buckets": ((4,), (8,)), "coda_width": 8},
