@@ -19,7 +19,7 @@ from matformer.data.sources import TextSpan, open_source
 from tests.made import tiny_model
 
 WORDS = b"the cat sat on a mat and the dog lay under the table while rain fell".split()
-STEPS = 30
+STEPS = 60
 
 
 def texts(number: int) -> list[bytes]:
@@ -47,7 +47,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_text(root / "text" / "train", blocks=[texts(0), texts(1)])
     write_text(root / "text" / "heldout", blocks=[texts(2)])
     trained = ["--data", str(root / "text"), "--out", str(root / "model"), "--steps", str(STEPS)]
-    assert train_entropy_model.main(trained) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_entropy_model, "BATCH_SYMBOLS", 2048)
+        assert train_entropy_model.main(trained) == 0
     return root
 
 
