@@ -71,8 +71,8 @@ def mixed_steps() -> list[GlobalBatch]:
 def uneven_steps() -> list[GlobalBatch]:
     """With dp 2 (microbatches 0, 2 and 1, 3): rank 0 has no image, rank 1 no audio; in the last step no media exist.
 
-    In the first step, whose gradients are compared, one shape bucket is asked for three times and the other once. Asked
-    for equally often, the gradient of the router's bucket biases is a sum that cancels, and little is left but rounding.
+    In the first step, whose gradients are compared, one shape bucket is asked for three times, the other once: asked
+    for equally often, the gradient of the bucket biases is a sum that cancels, and little is left but rounding.
     """
     return [
         [with_audio(1), with_images(2), of_one_bucket(3, audio), of_one_bucket(4, image)],
