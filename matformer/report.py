@@ -316,7 +316,7 @@ def curves(material: Material) -> str:
         return page.missing(title, "No curves: metrics.jsonl holds no rows.")
     lead = (
         "Thin: training batches. Dots: held-out data, filled for the weights, open for their average. "
-        "Dashed: what needs no model."
+        "Dashed: what needs no model, on what the last evaluation scored; points before it may be of a smaller sample."
     )
     return page.section(title, page.grid(panels, cell="420px"), lead=lead)
 
