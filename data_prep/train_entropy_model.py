@@ -8,6 +8,7 @@ It learns from the train split and is scored on the held-out one. The folder app
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import math
 import os
@@ -54,13 +55,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def documents(folder: Path, *, seed: int) -> Iterator[bytes]:
-    """Documents of a text data set in a shuffled order, over and over. Raises DataError if it is of another form."""
+    """Documents of a text data set in a shuffled order, over and over. Raises DataError if there are none."""
     reader = ShardReader(folder)
-    if reader.manifest["form"] != "text" or not len(reader):
-        raise DataError(f"{folder} must be a data set of form text with documents, got {reader.manifest['form']}")
+    if reader.manifest["form"] != "text":
+        raise DataError(f"{folder} must be a data set of form text, got {reader.manifest['form']}; change --data")
     counts = [reader.array_length(i, "docs.npy") - 1 for i in range(len(reader))]
-    firsts = np.concatenate([[0], np.cumsum(counts)])
-    for epoch in range(10**9):
+    firsts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    if not firsts[-1]:
+        raise DataError(f"{folder} must hold documents, got none; change --data")
+    for epoch in itertools.count():
         for index in np.random.default_rng((seed, epoch)).permutation(int(firsts[-1])).tolist():
             block = int(np.searchsorted(firsts, index, side="right")) - 1
             docs = reader.array(block, "docs.npy")

@@ -125,6 +125,22 @@ def test_what_is_scored_is_not_scored_again(root: Path, monkeypatch: pytest.Monk
             assert one.read_bytes() == other.read_bytes(), one
 
 
+def test_two_processes_write_the_same_bytes_as_one(root: Path) -> None:
+    for out, processes in (("one", "1"), ("two", "2")):
+        assert score(root, out, "--mean-patch", "3", "--processes", processes) == 0
+    for split in ("train", "heldout"):
+        for one, other in zip(*(sorted((root / out / split).iterdir()) for out in ("one", "two")), strict=True):
+            assert one.read_bytes() == other.read_bytes(), one
+
+
+def test_text_without_documents_cannot_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_text(tmp_path / "text" / "train", blocks=[])
+    asked = ["--data", str(tmp_path / "text"), "--out", str(tmp_path / "model"), "--steps", "1"]
+    assert train_entropy_model.main(asked) == 2
+    assert "must hold documents, got none" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
