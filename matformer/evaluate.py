@@ -5,18 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Column, Table
 
 from matformer.engine.evaluate import Evaluation, evaluate_run
 from matformer.engine.restore import run_config
 from matformer.errors import MatformerError
+from matformer.parallel.process import settle
 
 LOWER, HIGHER = -1, 1
 CHANCE_GAIN = 0.0
@@ -29,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     asked = _parser().parse_args(arguments)
     try:
-        torch.set_num_threads(run_config(asked.run).parallel.threads or len(os.sched_getaffinity(0)))
+        settle(run_config(asked.run).parallel.threads)
         evaluation = evaluate_run(asked.run, ema=asked.ema, text_bytes=asked.text_bytes, media_spans=asked.media_spans)
     except MatformerError as error:
         sys.stderr.write(f"{error}\n")

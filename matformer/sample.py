@@ -22,6 +22,7 @@ from matformer.engine.media import MediaCodec, load_codec
 from matformer.engine.restore import load_for_inference
 from matformer.engine.samplers import Draws, Row, Span
 from matformer.errors import ConfigError, DataError, MatformerError
+from matformer.parallel.process import settle
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = _parser().parse_args(arguments)
     try:
         _check(asked)
+        settle()
         _sample(asked)
     except MatformerError as error:
         sys.stderr.write(f"{error}\n")

@@ -30,6 +30,7 @@ from matformer.engine.loop import Run, agreed, build_host, build_model, num_para
 from matformer.errors import MatformerError
 from matformer.observe.progress import ProgressLine
 from matformer.observe.sinks import MetricsFile, Sink, WandbSink
+from matformer.parallel.process import settle
 from matformer.report import write_report
 
 log = logging.getLogger("matformer.train")  # __name__ is __main__ when started as a door
@@ -81,7 +82,7 @@ def _run(config: RunConfig, *, rank: int) -> int:
     try:
         if config.parallel.ranks == 1 and folder is not None and folder.state is State.FINISHED:
             return _finished_already(folder)
-        _share_cores(config)
+        settle(config.parallel.threads, processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         host = build_host(config)
         state = agreed(folder.state if folder else None, host.groups)
         if state is State.FINISHED:
@@ -143,12 +144,6 @@ def _finished_already(folder: RunFolder | None) -> int:
     if folder is not None:
         log.info("%s is finished; see %s, or choose another name", folder.path, folder.report_file)
     return 0
-
-
-def _share_cores(config: RunConfig) -> None:
-    """Each rank of this machine gets its share of the cores, unless the config says otherwise."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(config.parallel.threads or max(1, len(os.sched_getaffinity(0)) // local))
 
 
 def _write_machine(path: Path, config: RunConfig, *, parameters: int) -> None:

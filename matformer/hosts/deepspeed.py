@@ -28,6 +28,7 @@ with warnings.catch_warnings():
         safe_set_local_optimizer_state,
     )
 
+LARGEST_BUCKET = 500_000_000  # elements; DeepSpeed's default, which it takes anew every step whatever the model needs
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -40,13 +41,17 @@ def build_engine(model: nn.Module, optimizer: torch.optim.Optimizer, *, config: 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, mpu=mpu, config=engine_config(config), dist_init_required=False
+            model=model,
+            optimizer=optimizer,
+            mpu=mpu,
+            config=engine_config(config, parameters=sum(p.numel() for p in model.parameters())),
+            dist_init_required=False,
         )
     return engine
 
 
-def engine_config(config: RunConfig) -> dict[str, Any]:
-    """Every DeepSpeed key that this project sets, in one place."""
+def engine_config(config: RunConfig, *, parameters: int) -> dict[str, Any]:
+    """Every DeepSpeed key that this project sets, in one place. parameters: of this rank's stage."""
     train, plan = config.train, config.parallel
     keys: dict[str, Any] = {
         "managed_gradient_accumulation": False,  # the caller owns the boundary, as a pipeline schedule needs
@@ -55,6 +60,7 @@ def engine_config(config: RunConfig) -> dict[str, Any]:
         "gradient_clipping": train.clip,
         "zero_optimization": {
             "stage": plan.zero_stage,
+            "reduce_bucket_size": min(parameters, LARGEST_BUCKET),
             "stage3_param_persistence_threshold": 0,  # every stored weight is a shard: averages can be swapped in
         },
         "zero_allow_untested_optimizer": True,

@@ -24,6 +24,7 @@ from matformer.errors import ParallelError
 from matformer.hosts.base import Objective, Sums, Trunk
 from matformer.hosts.megatron_on_cpu import host_megatron_on_cpu
 from matformer.layers.attention import AttoView, atto_attention
+from matformer.layers.norm import rms_norm
 from matformer.parallel.groups import Groups
 from matformer.parcels import Batch
 
@@ -161,7 +162,7 @@ class AttoNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "... H"]) -> Float[Tensor, "... H"]:
         weight = copy_to_tensor_model_parallel_region(self.weight) if self.shared else self.weight
-        return F.rms_norm(x, (x.shape[-1],), weight, self.epsilon)
+        return rms_norm(x, weight, epsilon=self.epsilon)
 
 
 class HeadNorm(AttoNorm):

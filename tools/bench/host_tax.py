@@ -32,8 +32,9 @@ def arm(pipe: Connection, config_file: str, overrides: list[str]) -> None:
     from matformer.data.loader import Loader
     from matformer.engine.loop import build_host, build_model
     from matformer.engine.step import optimizer_step
+    from matformer.parallel.process import settle
 
-    torch.set_num_threads(1)
+    settle(1)
     config = load_run(config_file, overrides)
     host = build_host(config)
     model = build_model(host, config)
