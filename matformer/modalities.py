@@ -53,8 +53,11 @@ def build_preludi(model: ModelConfig) -> dict[str, TextPreludio | LatentPreludio
             ffn_width=text.ffn_width,
             layers=text.preludio_layers,
             window=text.window,
+            rotary_base=text.rotary_base,
             ngrams=ngram_settings(text, text.preludio_ngrams),
-            max_patch=MAX_PATCH,
+            max_patch=MAX_PATCH if text.preludio_places else None,
+            pool=text.preludio_pool,
+            reads_begin=text.coda_input == "preludio",
         )
     }
     for name, media in model.media.items():
@@ -78,7 +81,10 @@ def build_code(model: ModelConfig) -> dict[str, TextCoda | LatentCoda]:
             ffn_width=text.ffn_width,
             layers=text.coda_layers,
             window=text.window,
+            rotary_base=text.rotary_base,
             ngrams=ngram_settings(text, text.coda_ngrams),
+            embeds=text.coda_input == "embedding",
+            projects=text.coda_projection,
         )
     }
     for name, media in model.media.items():

@@ -14,7 +14,8 @@ from matformer.losses.flow import squared_error
 from matformer.losses.route import bucket_nats, kind_nats
 from matformer.losses.text import symbol_nats
 from matformer.modalities import build_code, build_preludi
-from matformer.parcels import Batch, Grid, Kind
+from matformer.parcels import Batch, Grid, Kind, TextUnits
+from matformer.preludio.text import TextPreludio
 from matformer.router.probe import Router, chosen_bucket
 
 
@@ -52,8 +53,9 @@ class Matformer(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor | Sums:
         """Sums of losses, one number a document and part `[E]`; off the last stage, what is sent on."""
-        latents = self.latents(batch)
-        return self.sums(latents, batch) if self.is_last else latents
+        hidden, text_input_UD = self._embedded(batch) if self.is_first else (None, None)
+        latents = self.atto(hidden, atto_view(batch.grid, self.model_config.atto))
+        return self.sums(latents, batch, text_input_UD) if self.is_last else latents
 
     def latents(self, batch: Batch) -> Tensor:
         """The Atto's output `[B, S, H]` on the last stage, else what this stage sends."""
@@ -62,16 +64,36 @@ class Matformer(nn.Module):
 
     def embed(self, batch: Batch) -> Float[Tensor, "B S H"]:
         """Every Preludio's rows at their positions; padding is zero."""
-        hidden_LH = self.start(batch.grid)
-        for name, preludio in self.preludi.items():
-            rows, slots = preludio(batch.text if name == "text" else batch.media[name])
-            hidden_LH = hidden_LH.index_add(0, slots, rows)
-        return hidden_LH.view(*batch.grid.kind_BS.shape, -1)
+        return self._embedded(batch)[0]
 
-    def sums(self, latents_BSH: Float[Tensor, "B S H"], batch: Batch) -> Sums:
+    def _embedded(self, batch: Batch) -> tuple[Float[Tensor, "B S H"], Float[Tensor, "U D"] | None]:
+        """The Atto's input, and the Coda's for text where the Preludio makes it."""
+        text = self.preludi["text"]
+        assert isinstance(text, TextPreludio)
+        symbol_UD, input_UD = text.read(batch.text)
+        found = {"text": text.patches(symbol_UD, batch.text)}
+        found |= {name: self.preludi[name](batch.media[name]) for name in self.model_config.media}
+        hidden_LH = self.start(batch.grid)
+        for rows, slots in found.values():
+            hidden_LH = hidden_LH.index_add(0, slots, rows)
+        return hidden_LH.view(*batch.grid.kind_BS.shape, -1), input_UD
+
+    def text_logits(
+        self, latent_LH: Float[Tensor, "L H"], units: TextUnits, input_UD: Float[Tensor, "U D"] | None = None
+    ) -> Float[Tensor, "U 257"]:
+        """Of every text symbol. input_UD: the Coda's inputs, if the Preludio has made them already."""
+        if input_UD is None and self.model_config.text.coda_input == "preludio":
+            text = self.preludi["text"]
+            assert isinstance(text, TextPreludio)
+            input_UD = text.coda_inputs(units)
+        return self.code["text"](latent_LH, units, *(() if input_UD is None else (input_UD,)))
+
+    def sums(
+        self, latents_BSH: Float[Tensor, "B S H"], batch: Batch, text_input_UD: Float[Tensor, "U D"] | None = None
+    ) -> Sums:
         """Losses (keys: modalities and "router") and what metrics need, each summed by document."""
         latent_LH = latents_BSH.flatten(0, 1)
-        nats = symbol_nats(self.code["text"](latent_LH, batch.text), batch.text.symbol_U)
+        nats = symbol_nats(self.text_logits(latent_LH, batch.text, text_input_UD), batch.text.symbol_U)
         sums: Sums = {"text": segment_sum(nats, batch.text.document_U, num_segments=batch.num_documents)}
         for name in self.model_config.media:
             units = batch.media[name]

@@ -40,6 +40,18 @@ def tiny_model(*, layers: int = 2) -> ModelConfig:
     return ModelConfig(atto=atto, text=text, media={"image": image, "audio": audio})
 
 
+def as_blt(model: ModelConfig) -> ModelConfig:
+    """The same sizes with the byte path and the trunk of BLT."""
+    text = model.text.model_dump() | {
+        "preludio_pool": "max",
+        "preludio_places": False,
+        "coda_input": "preludio",
+        "coda_projection": True,
+    }
+    atto = model.atto.model_dump() | {"qk_norm": False}
+    return ModelConfig.model_validate(model.model_dump() | {"text": text, "atto": atto})
+
+
 def tiny_run(*, layers: int = 2, train: dict[str, Any] | None = None, **parallel: Any) -> RunConfig:
     """A run of the tiny model: four microbatches of two sequences a step, AdamW, no clipping.
 

@@ -19,8 +19,9 @@ from matformer.shapes import NUM_SYMBOLS, NUM_TARGETS
 class TextCoda(Coda[TextUnits]):
     """Local causal blocks over the symbols so far, each reading the latent just before the patch it predicts.
 
-    Source: BLT, section 3.3 (local decoder); ours has a byte embedding of its own, so that only latents cross the
-    pipeline, with hashed n-grams (BLT has them in the encoder alone), and reads one latent (as its H / D slots).
+    Source: BLT, section 3.3 (local decoder). By default ours has a byte embedding of its own, so that only latents
+    cross the pipeline, with hashed n-grams (BLT has them in the encoder alone), and reads one latent (as its H / D
+    slots). `embeds` False: its inputs come from the Preludio. `projects`: a matrix stands before the slots.
     """
 
     def __init__(
@@ -32,28 +33,47 @@ class TextCoda(Coda[TextUnits]):
         ffn_width: int,
         layers: int,
         window: int,
+        rotary_base: float,
         ngrams: NgramSettings,
+        embeds: bool,
+        projects: bool,
     ) -> None:
         super().__init__()
-        self.heads, self.window, self.slots = heads, window, atto_width // width
-        self.embedding = nn.Embedding(NUM_SYMBOLS, width)
-        self.ngram_embedding = NgramEmbedding(width, ngrams) if ngrams.sizes else None
+        self.heads, self.window, self.rotary_base, self.slots = heads, window, rotary_base, atto_width // width
+        self.embedding = nn.Embedding(NUM_SYMBOLS, width) if embeds else None
+        self.ngram_embedding = NgramEmbedding(width, ngrams) if embeds and ngrams.sizes else None
+        self.projection = nn.Linear(atto_width, atto_width, bias=False) if projects else None
         self.latent_norm = RMSNorm(width)
         self.readers = nn.ModuleList(LatentReader(width, heads) for _ in range(layers))
         self.blocks = nn.ModuleList(LocalBlock(width, heads, inner=ffn_width) for _ in range(layers))
         self.output_norm = RMSNorm(width)
         self.head = nn.Linear(width, NUM_TARGETS, bias=False)
 
-    def forward(self, latent_LH: Float[Tensor, "L H"], units: TextUnits) -> Float[Tensor, "U 257"]:
+    def forward(
+        self, latent_LH: Float[Tensor, "L H"], units: TextUnits, input_UD: Float[Tensor, "U D"] | None = None
+    ) -> Float[Tensor, "U 257"]:
         before_PH = latent_LH.index_select(0, units.slot_P - 1)
+        if self.projection is not None:
+            before_PH = self.projection(before_PH)
         slot_PkD = self.latent_norm(before_PH.view(len(units.slot_P), self.slots, latent_LH.shape[1] // self.slots))
-        x_UD = self.embedding(units.coda_input_U)
-        if self.ngram_embedding is not None:
-            x_UD = x_UD + self.ngram_embedding(units.coda_input_U, units.place_U)
-        view = local_view(units.piece_U, units.place_U, window=self.window, head_size=x_UD.shape[1] // self.heads)
+        x_UD = self._embedded(units) if input_UD is None else input_UD
+        view = local_view(
+            units.piece_U,
+            units.place_U,
+            window=self.window,
+            head_size=x_UD.shape[1] // self.heads,
+            rotary_base=self.rotary_base,
+        )
         for reader, block in zip(self.readers, self.blocks, strict=True):
             x_UD = block(x_UD + reader(x_UD, slot_PkD, units.patch_U), view)
         return self.head(self.output_norm(x_UD))
+
+    def _embedded(self, units: TextUnits) -> Float[Tensor, "U D"]:
+        assert self.embedding is not None, "without an embedding the inputs come from the Preludio"
+        x_UD = self.embedding(units.coda_input_U)
+        if self.ngram_embedding is not None:
+            x_UD = x_UD + self.ngram_embedding(units.coda_input_U, units.place_U)
+        return x_UD
 
 
 class LatentReader(nn.Module):

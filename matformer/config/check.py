@@ -51,6 +51,23 @@ def check_text(config: RunConfig) -> None:
     )
 
 
+def check_coda_input(config: RunConfig) -> None:
+    """What the Preludio hands to the Coda beside the latents does not travel from the first stage to the last."""
+    text, pp = config.model.text, config.parallel.pp
+    if text.coda_input == "embedding":
+        return
+    _must(
+        not text.preludio_places,
+        "model.text.preludio_places must be false where model.text.coda_input is preludio (`<begin>` has no place in a "
+        "patch), got true; change model.text.preludio_places or model.text.coda_input",
+    )
+    _must(
+        pp == 1,
+        f"parallel.pp must be 1 where model.text.coda_input is preludio, got {pp}; change parallel.pp or "
+        "model.text.coda_input",
+    )
+
+
 def check_patcher(config: RunConfig) -> None:
     """A static patch is no longer than the longest allowed."""
     patcher = config.data.patcher
@@ -227,6 +244,7 @@ RULES = (
     check_heads,
     check_rotary,
     check_text,
+    check_coda_input,
     check_patcher,
     check_entropy,
     check_media_names,

@@ -30,6 +30,7 @@ class AttoConfig(Section):
     rotary_pairs: tuple[Natural, Natural, Natural, Natural] = Field(
         description="pairs of a head's K/2 given to document, t, y, x"
     )
+    qk_norm: bool = Field(default=True, description="norm queries and keys; BLT and Llama do not")
     rotary_base: float = Field(default=10_000.0, gt=1.0, description="of the document axis")
     media_rotary_base: float = Field(default=100.0, gt=1.0, description="of the axes t, y, x")
     norm_epsilon: float = Field(default=1e-5, gt=0.0)
@@ -44,8 +45,20 @@ class TextConfig(Section):
     preludio_layers: Natural = Field(description="local causal layers before pooling")
     coda_layers: Positive
     window: Positive = Field(default=64, description="W, symbols that a symbol may look back, itself included")
+    rotary_base: float = Field(default=10_000.0, gt=1.0, description="of the local layers")
+    preludio_pool: Literal["mean", "max"] = Field(
+        default="mean", description="what a patch asks its symbols with: their mean, or (BLT) their maximum, projected"
+    )
+    preludio_places: bool = Field(default=True, description="tell a symbol its place in its patch; BLT does not")
     preludio_ngrams: Ngrams = Field(default=(3, 4, 5, 6, 7, 8), description="sizes of hashed n-grams; [] has none")
-    coda_ngrams: Ngrams = Field(default=(2, 3, 4), description="the same for the Coda's input")
+    coda_input: Literal["embedding", "preludio"] = Field(
+        default="embedding",
+        description="the Coda's input: an embedding of its own, or (BLT) the Preludio's symbols before pooling; pp = 1",
+    )
+    coda_ngrams: Ngrams = Field(
+        default=(2, 3, 4), description="the same for the Coda's embedding; with coda_input preludio it has none"
+    )
+    coda_projection: bool = Field(default=False, description="a matrix between a latent and its slots, as in BLT")
     ngram_rows: Positive = Field(default=8192, description="rows of the table of each size")
     ngram_gain: float = Field(default=8.0, gt=0.0, description="on what the tables give: they start at zero")
 

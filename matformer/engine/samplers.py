@@ -86,7 +86,10 @@ class TextWriter:
         text = config.model.text
         self.model, self.config = model, config
         # what the layers look back over, and the n-grams of the first symbol that they see
-        self.sight = text.coda_layers * (text.window - 1) + max(text.coda_ngrams, default=1)
+        layers, ngrams = text.coda_layers, text.coda_ngrams
+        if text.coda_input == "preludio":
+            layers, ngrams = layers + text.preludio_layers, text.preludio_ngrams
+        self.sight = layers * (text.window - 1) + max(ngrams, default=1)
         patcher = build_patcher(config.data.patcher)
         self.pens = [_Pen(given_media(row.spans), patcher.boundary()) for row in rows]
         for pen, row in zip(self.pens, rows, strict=True):
@@ -111,7 +114,7 @@ class TextWriter:
         first = np.cumsum([0] + [len(latent) for latent in latents])
         units = _coda_units(pens, first, sight=self.sight)
         last = np.cumsum([min(len(pen.data) + 1, self.sight) for pen in pens]) - 1
-        return self.model.code["text"](torch.cat(latents), units)[torch.from_numpy(last)]
+        return self.model.text_logits(torch.cat(latents), units)[torch.from_numpy(last)]
 
     def _refresh(self, stale: Sequence[_Pen]) -> None:
         if not stale:

@@ -213,7 +213,8 @@ class MegatronTrunk(Trunk):
         parts.input_layernorm = parts.pre_mlp_layernorm = AttoNorm
         attention = parts.self_attention.submodules
         attention.core_attention = AttoCore
-        attention.q_layernorm = attention.k_layernorm = ModuleSpec(module=HeadNorm)
+        if atto.qk_norm:
+            attention.q_layernorm = attention.k_layernorm = ModuleSpec(module=HeadNorm)
         count = get_num_layers_to_build(self.config)
         self.first_layer = get_transformer_layer_offset(self.config)
         self.block = TransformerBlock(

@@ -41,8 +41,8 @@ class Attention(nn.Module):
         self.query = nn.Linear(config.width, config.heads * self.head_size, bias=False)
         self.key = nn.Linear(config.width, config.kv_heads * self.head_size, bias=False)
         self.value = nn.Linear(config.width, config.kv_heads * self.head_size, bias=False)
-        self.query_norm = RMSNorm(self.head_size, config.norm_epsilon)
-        self.key_norm = RMSNorm(self.head_size, config.norm_epsilon)
+        norm = (lambda: RMSNorm(self.head_size, config.norm_epsilon)) if config.qk_norm else nn.Identity
+        self.query_norm, self.key_norm = norm(), norm()
         self.output = nn.Linear(config.heads * self.head_size, config.width, bias=False)
 
     def forward(self, x_BSH: Float[Tensor, "B S H"], view: AttoView) -> Float[Tensor, "B S H"]:

@@ -32,7 +32,14 @@ class LocalView:
     rotary: Rotary
 
 
-def local_view(piece_U: Int[Tensor, " U"], place_U: Int[Tensor, " U"], *, window: int, head_size: int) -> LocalView:
+def local_view(
+    piece_U: Int[Tensor, " U"],
+    place_U: Int[Tensor, " U"],
+    *,
+    window: int,
+    head_size: int,
+    rotary_base: float = 10_000.0,
+) -> LocalView:
     """A symbol sees itself and the window - 1 symbols before it, inside its own piece.
 
     An empty row gives one chunk of padding, so that every layer runs and every weight has a gradient.
@@ -44,7 +51,7 @@ def local_view(piece_U: Int[Tensor, " U"], place_U: Int[Tensor, " U"], *, window
     keys_piece, keys_place = (_with_previous(x, fill=-2) for x in (piece, place))
     distance = place[:, :, None] - keys_place[:, None, :]
     visible = (piece[:, :, None] == keys_piece[:, None, :]) & (distance >= 0) & (distance < window)
-    rotary = rotary_tables(place_U[:, None], pairs=(head_size // 2,), bases=(10_000.0,))
+    rotary = rotary_tables(place_U[:, None], pairs=(head_size // 2,), bases=(rotary_base,))
     return LocalView(visible, rotary)
 
 

@@ -24,6 +24,14 @@ def segment_mean(x_U: Float[Tensor, "U ..."], segment_U: Int[Tensor, " U"], *, n
     return segment_sum(x_U, segment_U, num_segments=num_segments) / length.view(-1, *[1] * (x_U.dim() - 1))
 
 
+def segment_max(x_U: Float[Tensor, "U ..."], segment_U: Int[Tensor, " U"], *, num_segments: int) -> Tensor:
+    """`[num_segments, ...]`: the largest of each segment's rows; segments are runs, none of them empty."""
+    if x_U.numel() == 0:
+        return segment_sum(x_U, segment_U, num_segments=num_segments)
+    length = torch.bincount(segment_U, minlength=num_segments)
+    return torch.segment_reduce(x_U, "max", lengths=length, axis=0, unsafe=True)
+
+
 def segment_softmax_sum(
     score_U: Float[Tensor, "U ..."],
     value_U: Float[Tensor, "U ... K"],

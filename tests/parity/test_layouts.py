@@ -18,6 +18,7 @@ from matformer.config.schema import RunConfig
 from matformer.data.sources import MediaSpan
 from matformer.parcels import Batch
 from tests.made import (
+    as_blt,
     audio,
     document,
     image,
@@ -116,6 +117,14 @@ def test_a_layout_gives_the_losses_and_every_gradient_of_one_rank(name: str, wor
     config = run_of(name)
     trained = world(config.parallel.ranks).run(cases.train_ranks, config, mixed_steps())
     assert_same_run(trained, reference(mixed_steps))
+
+
+@pytest.mark.parametrize("name", ["tp2 sequence parallel", "dp2 zero3"])
+def test_blts_byte_path_and_a_trunk_without_qk_norms_give_the_same_too(name: str, world: World) -> None:
+    config, plain = run_of(name), tiny_run(layers=LAYERS)
+    config, plain = (run.model_copy(update={"model": as_blt(run.model)}) for run in (config, plain))
+    trained = world(config.parallel.ranks).run(cases.train_ranks, config, mixed_steps())
+    assert_same_run(trained, cases.train_plain(plain, mixed_steps()))
 
 
 @pytest.mark.parametrize("name", ["tp2", "pp2", "dp2 zero2", "dp2 zero3"])

@@ -201,6 +201,11 @@ BROKEN = {
     "byte width divides the atto's": (["model.text.width=96"], ["model.text.width", "256", "96"]),
     "byte heads share the byte width": (["model.text.heads=3"], ["model.text.heads", "128", "3"]),
     "byte heads are even": (["model.text.heads=128"], ["even", "128"]),
+    "a symbol has no place before the first patch": (["model.text.coda_input=preludio"], ["preludio_places", "true"]),
+    "the Preludio's symbols stay on their stage": (
+        ["model.text.coda_input=preludio", "model.text.preludio_places=false", "parallel.pp=2"],
+        ["parallel.pp", "2", "coda_input"],
+    ),
     "static patches are short": (["data.patcher.patch_bytes=17"], ["17", "16"]),
     "patches divide buckets": (["model.media.image.patch=3"], ["model.media.image.buckets", "[8, 8]", "3"]),
     "buckets have the rank": (["model.media.image.buckets=[[8]]"], ["2 axes", "[8]"]),

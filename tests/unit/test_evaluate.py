@@ -216,7 +216,7 @@ def test_bits_per_byte_is_that_of_each_document_alone(root: Path, numbers: dict[
     bits, sizes = [], []
     for document in heldout_documents(run, "text", max_bytes=300):
         batch = build_batch([document], model=run.model, sequence_latents=48)
-        logits = model.code["text"](model.latents(batch).flatten(0, 1), batch.text)
+        logits = model.text_logits(model.latents(batch).flatten(0, 1), batch.text)
         nats = F.cross_entropy(logits, batch.text.symbol_U, reduction="sum")
         bits.append(float(nats) / math.log(2))
         sizes.append(len(document.spans[0].data))  # pyright: ignore

@@ -48,6 +48,7 @@ from matformer.model import Matformer
 from matformer.parallel.seeds import generator
 from matformer.parcels import MediaUnits, TextUnits
 from matformer.shapes import END, NUM_TARGETS
+from tests.made import as_blt
 
 IMAGE = MediaConfig(channels=2, rank=2, patch=2, buckets=((2, 2), (4, 4)), coda_width=8)
 AUDIO = MediaConfig(channels=3, rank=1, patch=2, buckets=((4,), (8,)), coda_width=8)
@@ -90,9 +91,11 @@ def arbitrary_bytes(count: int, *, seed: int) -> bytes:
     return bytes(np.where(draws.random(count) < 0.5, draws.integers(0, 256, count), ord("a")).astype(np.uint8))
 
 
-@pytest.mark.parametrize("kind", ["static", "space"])
-def test_logits_in_generation_are_those_of_the_whole_document(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "blt"), [("static", False), ("space", False), ("space", True)])
+def test_logits_in_generation_are_those_of_the_whole_document(kind: str, blt: bool) -> None:
     run = config(kind)
+    if blt:
+        run = run.model_copy(update={"model": as_blt(run.model)})
     model, patcher = random_model(run), build_patcher(run.data.patcher)
     data = [arbitrary_bytes(37, seed=2), arbitrary_bytes(24, seed=3), arbitrary_bytes(31, seed=4)]
     rows = [Row(0), Row(1, spans=(given_image(),)), Row(2, prompt=data[2][:9])]
@@ -100,7 +103,7 @@ def test_logits_in_generation_are_those_of_the_whole_document(kind: str) -> None
         Document(f"d{row.number}", (*row.spans, text_span(one, patcher))) for row, one in zip(rows, data, strict=True)
     ]
     batch = build_batch(documents, model=run.model, sequence_latents=run.data.sequence_latents)
-    forced = model.code["text"](model.latents(batch).flatten(0, 1), batch.text)
+    forced = model.text_logits(model.latents(batch).flatten(0, 1), batch.text)
     of_row = forced.split([len(one) + 1 for one in data])
 
     writer = TextWriter(model, rows, config=run)

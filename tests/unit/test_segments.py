@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from matformer.layers.segments import segment_mean, segment_softmax_sum, segment_sum
+from matformer.layers.segments import segment_max, segment_mean, segment_softmax_sum, segment_sum
 from tests.tolerances import SAME_SUM
 
 SEGMENT = torch.tensor([0, 0, 0, 2, 2, 3])  # 1 is empty
@@ -16,6 +16,15 @@ def test_sum_and_mean_of_an_empty_segment_are_zero() -> None:
     assert segment_sum(x, SEGMENT, num_segments=4).tolist() == [[9.0], [0.0], [9.0], [7.0]]
     assert segment_mean(x, SEGMENT, num_segments=4).tolist() == [[3.0], [0.0], [4.5], [7.0]]
     assert segment_sum(x[:0], SEGMENT[:0], num_segments=2).tolist() == [[0.0], [0.0]]
+
+
+def test_max_and_its_gradient() -> None:
+    x = torch.tensor([[1.0, 9.0], [2.0, 3.0], [-4.0, -5.0]], requires_grad=True)
+    found = segment_max(x, torch.tensor([0, 0, 1]), num_segments=2)
+    assert found.tolist() == [[2.0, 9.0], [-4.0, -5.0]]
+    found.sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]
+    assert segment_max(x[:0], torch.zeros(0, dtype=torch.long), num_segments=0).shape == (0, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
