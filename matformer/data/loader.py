@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
+import torch
+
 from matformer.config.schema import ModelConfig, RunConfig
 from matformer.data.mixture import BadSamples, Mixture
 from matformer.data.packing import (
@@ -95,7 +97,7 @@ class Loader:
         }
         self._rank, self._dp_size = dp_rank, dp_size
         self._own = range(dp_rank, config.data.lanes, dp_size)
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="loader") if prefetch else None
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="loader", initializer=_alone) if prefetch else None
         self._pending: Future[tuple[list[Batch], State]] | None = None
         self._begin()
 
@@ -182,6 +184,11 @@ class Loader:
         ]
         rows = [self._lanes[lane].next_sequence() for lane in lanes]
         return pack_batch(rows, draws, model=self.config.model, sequence_latents=data.sequence_latents)
+
+
+def _alone() -> None:
+    """Keep torch in the calling thread: a second pool of workers on the same cores slows the model's by a third."""
+    torch.set_num_threads(1)
 
 
 def merge_states(states: Sequence[State]) -> State:

@@ -404,3 +404,18 @@ def test_albums_hold_all_their_spans(root: Path) -> None:
     assert kinds == ["text", "image", "text", "audio"]
     assert spans[0].data.endswith(b": look")
     assert (spans[1].role, spans[3].role, spans[3].bucket) == ("generate", "given", 1)
+
+
+def test_reading_ahead_takes_no_second_pool_of_threads(root: Path) -> None:
+    """Torch's pool of the model's thread stays; the loader's thread computes alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        loader = Loader(config(root))
+        loader.next_global_batch(0)
+        assert loader._executor is not None
+        assert loader._executor.submit(torch.get_num_threads).result() == 1
+        assert torch.get_num_threads() == 2
+        loader.close()
+    finally:
+        torch.set_num_threads(before)
