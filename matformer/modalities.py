@@ -85,6 +85,7 @@ def build_code(model: ModelConfig) -> dict[str, TextCoda | LatentCoda]:
             ngrams=ngram_settings(text, text.coda_ngrams),
             embeds=text.coda_input == "embedding",
             projects=text.coda_projection,
+            predicts_end=text.predicts_end,
         )
     }
     for name, media in model.media.items():

@@ -12,11 +12,12 @@ from matformer.hosts.base import Sums, Trunk
 from matformer.layers.segments import segment_sum
 from matformer.losses.flow import squared_error
 from matformer.losses.route import bucket_nats, kind_nats
-from matformer.losses.text import symbol_nats
+from matformer.losses.text import end_nats, symbol_nats
 from matformer.modalities import build_code, build_preludi
 from matformer.parcels import Batch, Grid, Kind, TextUnits
 from matformer.preludio.text import TextPreludio
 from matformer.router.probe import Router, chosen_bucket
+from matformer.shapes import NUM_TARGETS
 
 
 class Start(nn.Module):
@@ -80,8 +81,8 @@ class Matformer(nn.Module):
 
     def text_logits(
         self, latent_LH: Float[Tensor, "L H"], units: TextUnits, input_UD: Float[Tensor, "U D"] | None = None
-    ) -> Float[Tensor, "U 257"]:
-        """Of every text symbol. input_UD: the Coda's inputs, if the Preludio has made them already."""
+    ) -> Float[Tensor, "U V"]:
+        """Of every text symbol (see TextCoda). input_UD: the Coda's inputs, if the Preludio has made them already."""
         if input_UD is None and self.model_config.text.coda_input == "preludio":
             text = self.preludi["text"]
             assert isinstance(text, TextPreludio)
@@ -93,7 +94,7 @@ class Matformer(nn.Module):
     ) -> Sums:
         """Losses (keys: modalities and "router") and what metrics need, each summed by document."""
         latent_LH = latents_BSH.flatten(0, 1)
-        nats = symbol_nats(self.text_logits(latent_LH, batch.text, text_input_UD), batch.text.symbol_U)
+        nats = self._text_nats(latent_LH, batch.text, text_input_UD)
         sums: Sums = {"text": segment_sum(nats, batch.text.document_U, num_segments=batch.num_documents)}
         for name in self.model_config.media:
             units = batch.media[name]
@@ -101,6 +102,16 @@ class Matformer(nn.Module):
             document_Q = units.document_J[units.span_N[units.noised_row_Q]]
             sums[name] = segment_sum(errors, document_Q, num_segments=batch.num_documents)
         return sums | self._routed(latent_LH, batch)
+
+    def _text_nats(
+        self, latent_LH: Float[Tensor, "L H"], units: TextUnits, input_UD: Float[Tensor, "U D"] | None
+    ) -> Float[Tensor, " U"]:
+        """Of each symbol, and of its patch's end where that has to be said."""
+        logits_UV = self.text_logits(latent_LH, units, input_UD)
+        nats_U = symbol_nats(logits_UV[:, :NUM_TARGETS], units.symbol_U)
+        if self.model_config.text.predicts_end:
+            nats_U = nats_U + end_nats(logits_UV[:, NUM_TARGETS:], units.symbol_U, units.patch_U)
+        return nats_U
 
     def _routed(self, latent_LH: Float[Tensor, "L H"], batch: Batch) -> Sums:
         asked = batch.route

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from data_prep.write import npy, static_patches
 from matformer.config.schema import (
     AttoConfig,
     DataConfig,
@@ -22,6 +25,7 @@ from matformer.config.schema import (
 )
 from matformer.data.packing import Piece, Place, build_batch, draw_zeros, pack_batch, with_noise
 from matformer.data.patching import StaticPatcher
+from matformer.data.shards import ShardWriter
 from matformer.data.sources import Document, MediaSpan, Role, media_span, merge_spans
 from matformer.hosts.plain import PlainHost
 from matformer.model import Matformer
@@ -159,3 +163,17 @@ def plain_host(config: RunConfig, *, stirred: bool = True) -> PlainHost:
             for name, weight in model.named_parameters():
                 weight.copy_(stirred_value(name, weight))
     return host
+
+
+def write_text(folder: Path, *, blocks: list[list[bytes]]) -> None:
+    """A text data set of these documents, in patches of 4."""
+    with ShardWriter(folder, form="text", extra={"origin": "made"}) as writer:
+        for number, documents in enumerate(blocks):
+            lengths = np.array([len(one) for one in documents])
+            members = {
+                "bytes": b"".join(documents),
+                "docs.npy": npy(np.concatenate([[0], lengths.cumsum()])),
+                "patches.npy": npy(static_patches(lengths, patch_bytes=4)),
+                "json": json.dumps([{"key": str(i)} for i in range(len(documents))]).encode(),
+            }
+            writer.add(f"block-{number}", members)

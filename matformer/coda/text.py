@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import final
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ class TextCoda(Coda[TextUnits]):
     Source: BLT, section 3.3 (local decoder). By default ours has a byte embedding of its own, so that only latents
     cross the pipeline, with hashed n-grams (BLT has them in the encoder alone), and reads one latent (as its H / D
     slots). `embeds` False: its inputs come from the Preludio. `projects`: a matrix stands before the slots.
+    `predicts_end`: V more logits follow those of the V symbols, each of "its patch ends" if that symbol comes.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class TextCoda(Coda[TextUnits]):
         ngrams: NgramSettings,
         embeds: bool,
         projects: bool,
+        predicts_end: bool,
     ) -> None:
         super().__init__()
         self.heads, self.window, self.rotary_base, self.slots = heads, window, rotary_base, atto_width // width
@@ -48,10 +51,11 @@ class TextCoda(Coda[TextUnits]):
         self.blocks = nn.ModuleList(LocalBlock(width, heads, inner=ffn_width) for _ in range(layers))
         self.output_norm = RMSNorm(width)
         self.head = nn.Linear(width, NUM_TARGETS, bias=False)
+        self.end_head = nn.Linear(width, NUM_TARGETS, bias=False) if predicts_end else None
 
     def forward(
         self, latent_LH: Float[Tensor, "L H"], units: TextUnits, input_UD: Float[Tensor, "U D"] | None = None
-    ) -> Float[Tensor, "U 257"]:
+    ) -> Float[Tensor, "U V"]:
         before_PH = latent_LH.index_select(0, units.slot_P - 1)
         if self.projection is not None:
             before_PH = self.projection(before_PH)
@@ -66,7 +70,9 @@ class TextCoda(Coda[TextUnits]):
         )
         for reader, block in zip(self.readers, self.blocks, strict=True):
             x_UD = block(x_UD + reader(x_UD, slot_PkD, units.patch_U), view)
-        return self.head(self.output_norm(x_UD))
+        x_UD = self.output_norm(x_UD)
+        logits_UV = self.head(x_UD)
+        return logits_UV if self.end_head is None else torch.cat((logits_UV, self.end_head(x_UD)), dim=1)
 
     def _embedded(self, units: TextUnits) -> Float[Tensor, "U D"]:
         assert self.embedding is not None, "without an embedding the inputs come from the Preludio"

@@ -91,6 +91,22 @@ def check_entropy(config: RunConfig) -> None:
         )
 
 
+def check_bpe(config: RunConfig) -> None:
+    """The bpe patcher needs its model; its boundaries depend on later bytes, so the Coda has to pay for them."""
+    patcher, predicts = config.data.patcher, config.model.text.predicts_end
+    bpe = patcher.kind == "bpe"
+    _must(
+        not bpe or patcher.sentencepiece is not None,
+        "data.patcher.sentencepiece must be set for data.patcher.kind bpe, got none; "
+        "`python -m data_prep.train_sentencepiece` makes one, change data.patcher.sentencepiece",
+    )
+    _must(
+        bpe == predicts,
+        f"model.text.predicts_end must be true for data.patcher.kind bpe and false for the others, got "
+        f"{str(predicts).lower()} for {patcher.kind}; change model.text.predicts_end",
+    )
+
+
 def check_media_names(config: RunConfig) -> None:
     """Names of modalities become keys of metrics and folders of samples."""
     for name in config.model.media:
@@ -247,6 +263,7 @@ RULES = (
     check_coda_input,
     check_patcher,
     check_entropy,
+    check_bpe,
     check_media_names,
     check_media_buckets,
     check_sequence,

@@ -58,6 +58,9 @@ class TextConfig(Section):
     coda_ngrams: Ngrams = Field(
         default=(2, 3, 4), description="the same for the Coda's embedding; with coda_input preludio it has none"
     )
+    predicts_end: bool = Field(
+        default=False, description="the Coda says after each byte whether its patch ends: for data.patcher.kind bpe"
+    )
     coda_projection: bool = Field(default=False, description="a matrix between a latent and its slots, as in BLT")
     ngram_rows: Positive = Field(default=8192, description="rows of the table of each size")
     ngram_gain: float = Field(default=8.0, gt=0.0, description="on what the tables give: they start at zero")
@@ -107,7 +110,7 @@ class ModelConfig(Section):
 class PatcherConfig(Section):
     """Where text patches begin."""
 
-    kind: Literal["static", "space", "entropy", "entropy_monotonic"] = "static"
+    kind: Literal["static", "space", "entropy", "entropy_monotonic", "bpe"] = "static"
     patch_bytes: Positive = Field(default=4, description="symbols of a static patch")
     max_patch_bytes: Positive = Field(default=16, description="longest patch of any patcher")
     threshold: float | None = Field(
@@ -118,6 +121,7 @@ class PatcherConfig(Section):
     entropy_model: str | None = Field(
         default=None, description="entropy kinds: folder of data_prep.train_entropy_model"
     )
+    sentencepiece: str | None = Field(default=None, description="bpe: file of data_prep.train_sentencepiece")
 
 
 class SourceConfig(Section):

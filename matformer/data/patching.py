@@ -10,6 +10,7 @@ import numpy as np
 
 from matformer.config.schema import PatcherConfig
 from matformer.data.entropy import EntropyModel, ExactEntropy, entropies, input_symbols, load_entropy_model
+from matformer.data.pieces import Pieces, load_pieces
 from matformer.shapes import END
 
 
@@ -17,16 +18,21 @@ class Boundary(ABC):
     """A patcher one symbol at a time, for generation."""
 
     @abstractmethod
-    def push(self, symbol: int) -> bool:
-        """Take the next symbol; whether a patch ends with it (then the next symbol begins a new one)."""
+    def push(self, symbol: int, *, ends: bool = False) -> bool:
+        """Take the next symbol; whether a patch ends with it (then the next symbol begins a new one).
+
+        ends: what the Coda says of it, which only a patcher that is `learned` asks for.
+        """
 
 
 class Patcher(ABC):
     """Cuts the symbols of a span into patches.
 
     A boundary depends on the symbols before it alone: the Coda must know, before it predicts a symbol, to which
-    patch that symbol belongs.
+    patch that symbol belongs. A `learned` patcher breaks that rule, and its Coda predicts the boundaries too.
     """
+
+    learned = False
 
     @abstractmethod
     def lengths(self, symbols: np.ndarray) -> np.ndarray:
@@ -160,6 +166,30 @@ class EntropyPatcher(Patcher):
         }
 
 
+class BpePatcher(Patcher):
+    """A patch is a piece of a sentencepiece model; `<end>` is one of its own. Longer pieces are cut."""
+
+    learned = True
+
+    def __init__(self, pieces: Pieces, *, max_patch_bytes: int) -> None:
+        self.pieces, self.max_patch_bytes = pieces, max_patch_bytes
+
+    def lengths(self, symbols: np.ndarray) -> np.ndarray:
+        """See Patcher."""
+        data = symbols[symbols != END].astype(np.uint8).tobytes()
+        of_pieces = self.pieces.lengths(data)
+        last = np.ones(len(symbols) - len(data), np.int32)
+        return np.concatenate([chunked(of_pieces, longest=self.max_patch_bytes) if data else of_pieces, last])
+
+    def boundary(self) -> Boundary:
+        """See Patcher."""
+        return _GivenBoundary(self.max_patch_bytes)
+
+    def identity(self) -> dict[str, Any]:
+        """See Patcher."""
+        return {"kind": "bpe", "max_patch_bytes": self.max_patch_bytes, "pieces": self.pieces.fingerprint}
+
+
 _MARGIN = 1e-3
 """Nats within which a difference of entropies in float32 is not trusted: its error is about a hundredth of this."""
 
@@ -178,15 +208,28 @@ class _EntropyBoundary(Boundary):
         self._inputs = input_symbols(b"")
         self._length = 0
 
-    def push(self, symbol: int) -> bool:
+    def push(self, symbol: int, *, ends: bool = False) -> bool:
         if symbol == END:
             return True
         self._inputs = np.append(self._inputs, symbol)[-(self._patcher.model.settings.sight + 1) :]
         self._length += 1
-        ends = self._length == self._patcher.max_patch_bytes or self._patcher.exact_excess(self._inputs) > 0
-        if ends:
+        here = self._length == self._patcher.max_patch_bytes or self._patcher.exact_excess(self._inputs) > 0
+        if here:
             self._length = 0
-        return ends
+        return here
+
+
+class _GivenBoundary(Boundary):
+    def __init__(self, max_patch_bytes: int) -> None:
+        self._max_patch_bytes = max_patch_bytes
+        self._length = 0
+
+    def push(self, symbol: int, *, ends: bool = False) -> bool:
+        self._length += 1
+        here = ends or self._length == self._max_patch_bytes or symbol == END
+        if here:
+            self._length = 0
+        return here
 
 
 class _StaticBoundary(Boundary):
@@ -194,7 +237,7 @@ class _StaticBoundary(Boundary):
         self._patch_bytes = patch_bytes
         self._length = 0
 
-    def push(self, symbol: int) -> bool:
+    def push(self, symbol: int, *, ends: bool = False) -> bool:
         self._length = (self._length + 1) % self._patch_bytes
         return self._length == 0 or symbol == END
 
@@ -205,22 +248,25 @@ class _SpaceBoundary(Boundary):
         self._length = 0
         self._after_space = True
 
-    def push(self, symbol: int) -> bool:
+    def push(self, symbol: int, *, ends: bool = False) -> bool:
         space = bool(_SPACE_LIKE[symbol])
         self._length += 1
-        ends = (space and not self._after_space) or self._length == self._max_patch_bytes or symbol == END
+        here = (space and not self._after_space) or self._length == self._max_patch_bytes or symbol == END
         self._after_space = space
-        if ends:
+        if here:
             self._length = 0
-        return ends
+        return here
 
 
 def build_patcher(config: PatcherConfig) -> Patcher:
-    """The patcher that a config names. Raises DataError if its entropy model cannot be read."""
+    """The patcher that a config names. Raises DataError if its model cannot be read."""
     if config.kind == "static":
         return StaticPatcher(min(config.patch_bytes, config.max_patch_bytes))
     if config.kind == "space":
         return SpacePatcher(config.max_patch_bytes)
+    if config.kind == "bpe":
+        assert config.sentencepiece is not None, "the config's check asks for it"
+        return BpePatcher(load_pieces(Path(config.sentencepiece)), max_patch_bytes=config.max_patch_bytes)
     assert config.threshold is not None and config.entropy_model is not None, "the config's check asks for both"
     return EntropyPatcher(
         load_entropy_model(Path(config.entropy_model)),

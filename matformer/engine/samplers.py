@@ -26,7 +26,7 @@ from matformer.data.packing import (
     draw_zeros,
     pack_batch,
 )
-from matformer.data.patching import Boundary, build_patcher
+from matformer.data.patching import Boundary, Patcher, build_patcher, text_symbols
 from matformer.data.sources import Document, MediaSpan, TextSpan
 from matformer.errors import ParcelError
 from matformer.layers.patchify import unpatchify
@@ -34,7 +34,7 @@ from matformer.modalities import patch_scalars, patches_of_bucket
 from matformer.model import Matformer
 from matformer.parallel.seeds import generator
 from matformer.parcels import Batch, TextUnits
-from matformer.shapes import BEGIN, END
+from matformer.shapes import BEGIN, END, NUM_TARGETS
 
 Span = TextSpan | MediaSpan
 Velocity = Callable[[Tensor, float], Tensor]
@@ -94,8 +94,8 @@ class TextWriter:
         self.pens = [_Pen(given_media(row.spans), patcher.boundary()) for row in rows]
         for pen, row in zip(self.pens, rows, strict=True):
             pen.before = document_positions(Document("", pen.spans), model=config.model)
-            for symbol in row.prompt:
-                pen.push(symbol)
+            for symbol, ends in zip(row.prompt, _prompt_ends(row.prompt, patcher), strict=True):
+                pen.push(symbol, ends=ends)
             if not self.has_room(pen):
                 raise ParcelError(
                     f"a prompt must leave room in {config.data.sequence_latents} latents, got "
@@ -107,8 +107,8 @@ class TextWriter:
         return pen.before + len(pen.lengths) < self.config.data.sequence_latents
 
     @torch.no_grad()
-    def logits(self, pens: Sequence[_Pen]) -> Float[Tensor, "rows 257"]:
-        """Of the next symbol of each."""
+    def logits(self, pens: Sequence[_Pen]) -> Float[Tensor, "rows V"]:
+        """Of the next symbol of each, and after them, where the Coda says so, of its patch's end (see TextCoda)."""
         self._refresh([pen for pen in pens if pen.latents is None])
         latents = [pen.latents for pen in pens if pen.latents is not None]
         first = np.cumsum([0] + [len(latent) for latent in latents])
@@ -126,6 +126,14 @@ class TextWriter:
             pen.latents = latents_SH[:size]
 
 
+def _prompt_ends(prompt: bytes, patcher: Patcher) -> np.ndarray:
+    """Whether a patch ends with each byte, where the patcher does not find out by itself; the last stays open."""
+    ends = np.zeros(len(prompt), bool)
+    if patcher.learned:
+        ends[patcher.lengths(text_symbols(prompt, ended=False)).cumsum()[:-1] - 1] = True
+    return ends
+
+
 class _Pen:
     """One span in the writing. `lengths`: symbols of its complete patches; `latents`: up to the last of these."""
 
@@ -138,14 +146,14 @@ class _Pen:
         self.ended = False
         self.latents: Tensor | None = None
 
-    def push(self, symbol: int) -> None:
-        """Write a byte or `<end>`."""
+    def push(self, symbol: int, *, ends: bool = False) -> None:
+        """Write a byte or `<end>`; `ends` as Boundary wants it."""
         self.in_hand += 1
         if symbol == END:
             self.ended = True
         else:
             self.data.append(symbol)
-        if self.boundary.push(symbol):
+        if self.boundary.push(symbol, ends=ends):
             self.lengths.append(self.in_hand)
             self.in_hand, self.latents = 0, None
 
@@ -175,9 +183,12 @@ def write_texts(model: Matformer, rows: Sequence[Row], *, config: RunConfig, dra
     while live:
         logits = writer.logits([writer.pens[i] for i in live]).double().numpy()
         for i, logits_V in zip(live, logits, strict=True):
+            of_symbol, of_end = logits_V[:NUM_TARGETS], logits_V[NUM_TARGETS:]
             if not writer.pens[i].data:
-                logits_V[END] = -np.inf  # no span of a document is empty
-            writer.pens[i].push(draw_answer(logits_V, draws=draws, dice=dice[i]))
+                of_symbol[END] = -np.inf  # no span of a document is empty
+            symbol = draw_answer(of_symbol, draws=draws, dice=dice[i])
+            ends = len(of_end) > 0 and draw_answer(np.array([0.0, of_end[symbol]]), draws=draws, dice=dice[i]) == 1
+            writer.pens[i].push(symbol, ends=ends)
         pens = writer.pens
         live = [i for i in live if not pens[i].ended and len(pens[i].data) < limits[i] and writer.has_room(pens[i])]
     return [pen.span() for pen in writer.pens]

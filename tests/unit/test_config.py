@@ -206,6 +206,12 @@ BROKEN = {
         ["model.text.coda_input=preludio", "model.text.preludio_places=false", "parallel.pp=2"],
         ["parallel.pp", "2", "coda_input"],
     ),
+    "pieces need a model": (["data.patcher.kind=bpe", "model.text.predicts_end=true"], ["data.patcher.sentencepiece"]),
+    "ends of pieces are paid for": (
+        ["data.patcher.kind=bpe", "data.patcher.sentencepiece=some.model"],
+        ["model.text.predicts_end", "false"],
+    ),
+    "ends that all can see are not": (["model.text.predicts_end=true"], ["model.text.predicts_end", "static"]),
     "static patches are short": (["data.patcher.patch_bytes=17"], ["17", "16"]),
     "patches divide buckets": (["model.media.image.patch=3"], ["model.media.image.buckets", "[8, 8]", "3"]),
     "buckets have the rank": (["model.media.image.buckets=[[8]]"], ["2 axes", "[8]"]),

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data_prep import score_entropy, train_entropy_model
-from data_prep.write import npy, static_patches
 from matformer.config.schema import DataConfig, PatcherConfig, SourceConfig
 from matformer.data.entropy import entropies, load_entropy_model
 from matformer.data.patching import EntropyPatcher, text_symbols
-from matformer.data.shards import ShardReader, ShardWriter
+from matformer.data.shards import ShardReader
 from matformer.data.sources import TextSpan, open_source
-from tests.made import tiny_model
+from tests.made import tiny_model, write_text
 
 WORDS = b"the cat sat on a mat and the dog lay under the table while rain fell".split()
 STEPS = 60
@@ -29,19 +27,6 @@ class Killed(BaseException):
 def texts(number: int) -> list[bytes]:
     draws = np.random.default_rng(number)
     return [b" ".join(draws.choice(WORDS, size=draws.integers(1, 60)).tolist()) for _ in range(30)]
-
-
-def write_text(folder: Path, *, blocks: list[list[bytes]]) -> None:
-    with ShardWriter(folder, form="text", extra={"origin": "made"}) as writer:
-        for number, documents in enumerate(blocks):
-            lengths = np.array([len(one) for one in documents])
-            members = {
-                "bytes": b"".join(documents),
-                "docs.npy": npy(np.concatenate([[0], lengths.cumsum()])),
-                "patches.npy": npy(static_patches(lengths, patch_bytes=4)),
-                "json": json.dumps([{"key": str(i)} for i in range(len(documents))]).encode(),
-            }
-            writer.add(f"block-{number}", members)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +26,8 @@ from matformer.config.schema import (
     TrainConfig,
 )
 from matformer.data.packing import build_batch
-from matformer.data.patching import build_patcher
+from matformer.data.patching import build_patcher, text_symbols
+from matformer.data.pieces import train_pieces
 from matformer.data.sources import Document, MediaSpan, TextSpan, media_span, text_span
 from matformer.engine.continuation import ask, continue_rows
 from matformer.engine.samplers import (
@@ -91,14 +93,28 @@ def arbitrary_bytes(count: int, *, seed: int) -> bytes:
     return bytes(np.where(draws.random(count) < 0.5, draws.integers(0, 256, count), ord("a")).astype(np.uint8))
 
 
-@pytest.mark.parametrize(("kind", "blt"), [("static", False), ("space", False), ("space", True)])
-def test_logits_in_generation_are_those_of_the_whole_document(kind: str, blt: bool) -> None:
-    run = config(kind)
-    if blt:
+def bpe_config(folder: Path) -> RunConfig:
+    """Patches are pieces of a small vocabulary, and the Coda says where they end."""
+    (folder / "pieces.model").write_bytes(train_pieces([b"aa aaa ab abc " * 50], vocabulary=264, longest=4).model)
+    run = config("bpe")
+    patcher = run.data.patcher.model_copy(update={"sentencepiece": str(folder / "pieces.model")})
+    text = run.model.text.model_copy(update={"predicts_end": True})
+    return run.model_copy(
+        update={
+            "data": run.data.model_copy(update={"patcher": patcher}),
+            "model": run.model.model_copy(update={"text": text}),
+        }
+    )
+
+
+@pytest.mark.parametrize("kind", ["static", "space", "blt", "bpe"])
+def test_logits_in_generation_are_those_of_the_whole_document(kind: str, tmp_path: Path) -> None:
+    run = bpe_config(tmp_path) if kind == "bpe" else config("space" if kind == "blt" else kind)
+    if kind == "blt":
         run = run.model_copy(update={"model": as_blt(run.model)})
     model, patcher = random_model(run), build_patcher(run.data.patcher)
     data = [arbitrary_bytes(37, seed=2), arbitrary_bytes(24, seed=3), arbitrary_bytes(31, seed=4)]
-    rows = [Row(0), Row(1, spans=(given_image(),)), Row(2, prompt=data[2][:9])]
+    rows = [Row(0), Row(1, spans=(given_image(),)), Row(2, prompt=b"" if kind == "bpe" else data[2][:9])]
     documents = [
         Document(f"d{row.number}", (*row.spans, text_span(one, patcher))) for row, one in zip(rows, data, strict=True)
     ]
@@ -106,14 +122,45 @@ def test_logits_in_generation_are_those_of_the_whole_document(kind: str, blt: bo
     forced = model.text_logits(model.latents(batch).flatten(0, 1), batch.text)
     of_row = forced.split([len(one) + 1 for one in data])
 
+    cuts = [set(np.cumsum(text_span(one, patcher).patch_lengths).tolist()) for one in data]
     writer = TextWriter(model, rows, config=run)
     while unfinished := [i for i, pen in enumerate(writer.pens) if not pen.ended]:
         pens = [writer.pens[i] for i in unfinished]
         for i, pen, logits in zip(unfinished, pens, writer.logits(pens), strict=True):
             assert torch.allclose(logits, of_row[i][len(pen.data)], atol=1e-4, rtol=1e-4)
-            pen.push((*data[i], END)[len(pen.data)])
+            written = len(pen.data)
+            pen.push((*data[i], END)[written], ends=written + 1 in cuts[i])
     for pen, one in zip(writer.pens, data, strict=True):
         assert np.array_equal(pen.span().patch_lengths, text_span(one, patcher).patch_lengths)
+
+
+def test_pieces_are_drawn_with_their_ends(tmp_path: Path) -> None:
+    """A prompt keeps its pieces, the last open; where the end is sure or impossible, so are the patches."""
+    run = bpe_config(tmp_path)
+    model, patcher = random_model(run), build_patcher(run.data.patcher)
+    prompt = b"aaa ab a"
+    lengths = patcher.lengths(text_symbols(prompt, ended=False)).tolist()
+    assert len(lengths) > 2
+    for sign, longest in ((1, 1), (-1, 7)):
+        model.code["text"] = AlwaysOne(sign)
+        [span] = write_texts(model, [Row(0, prompt=prompt)], config=run, draws=Draws(max_bytes=16, temperature=0.0))
+        found = span.patch_lengths.tolist()
+        assert found[: len(lengths) - 1] == lengths[:-1]
+        assert max(found[len(lengths) :]) == longest
+
+
+class AlwaysOne(Coda[TextUnits]):
+    """Says byte 97, and that every patch ends (sign 1) or none does (-1)."""
+
+    def __init__(self, sign: int) -> None:
+        super().__init__()
+        self.sign = sign
+
+    def forward(self, latent_LH: Tensor, units: TextUnits) -> Tensor:
+        logits = torch.zeros(units.symbol_U.numel(), 2 * NUM_TARGETS)
+        logits[:, 97] = 9.0
+        logits[:, NUM_TARGETS:] = 9.0 * self.sign
+        return logits
 
 
 def test_text_is_the_prompt_and_stops_at_end_bytes_or_room() -> None:

@@ -1,0 +1,128 @@
+"""Text shards -> a sentencepiece model over bytes, for the bpe patcher and the tokenised control.
+
+    python -m data_prep.train_sentencepiece --data data/demo/text --out data/demo/pieces.model \
+        (--vocabulary 4096 | --mean-patch 4.0) [--max-patch-bytes 16] [--sample-bytes 4000000]
+
+It learns from the train split; --mean-patch looks for the vocabulary whose pieces, with `<end>` as one of its own, hold
+so many symbols in the mean. The file appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from data_prep.score_entropy import texts_of
+from matformer.data.pieces import Pieces, train_pieces
+from matformer.data.shards import ShardReader
+from matformer.errors import DataError, MatformerError
+
+log = logging.getLogger("data_prep.train_sentencepiece")
+
+SMALLEST, LARGEST = 260, 65_536
+TOLERANCE = 0.05
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code: 0, or 2 with one sentence on stderr."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    asked = _parser().parse_args(arguments)
+    try:
+        sample = list(first_texts(asked.data / "train", num_bytes=asked.sample_bytes))
+
+        def trained(vocabulary: int) -> Pieces:
+            return train_pieces(sample, vocabulary=vocabulary, longest=asked.max_patch_bytes, threads=asked.threads)
+
+        pieces = trained(asked.vocabulary) if asked.vocabulary else matched(trained, sample, mean=asked.mean_patch)
+        heldout = list(first_texts(asked.data / "heldout", num_bytes=asked.sample_bytes))
+        _save(pieces, asked.out)
+    except MatformerError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    log.info("%s: %d pieces, fingerprint %s", asked.out, len(pieces), pieces.fingerprint[:16])
+    log.info(
+        "mean patch: %.3f symbols of train, %.3f held out", mean_patch(pieces, sample), mean_patch(pieces, heldout)
+    )
+    log.info("data.patcher.kind=bpe data.patcher.sentencepiece=%s model.text.predicts_end=true", asked.out)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="text data set, holding train/ and heldout/")
+    parser.add_argument("--out", type=Path, required=True, help="file of the model")
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--vocabulary", type=int, help="pieces, 257 of them for bytes")
+    size.add_argument("--mean-patch", type=float, help="symbols a patch that the vocabulary is to give")
+    parser.add_argument("--max-patch-bytes", type=int, default=16)
+    parser.add_argument("--sample-bytes", type=int, default=4_000_000, help="of train that it learns from")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    return parser
+
+
+def first_texts(folder: Path, *, num_bytes: int) -> Iterator[bytes]:
+    """Documents, block by block, until `num_bytes` are there. Raises DataError if there are none."""
+    reader = ShardReader(folder)
+    if reader.manifest["form"] != "text":
+        raise DataError(f"{folder} must be a data set of form text, got {reader.manifest['form']}; change --data")
+    seen = 0
+    for block in range(len(reader)):
+        for text in texts_of(reader, block):
+            yield text
+            seen += len(text)
+            if seen >= num_bytes:
+                return
+    if not seen:
+        raise DataError(f"{folder} must hold text, got none; change --data")
+
+
+def mean_patch(pieces: Pieces, texts: Sequence[bytes]) -> float:
+    """Symbols (bytes and `<end>`) a patch."""
+    return sum(len(text) + 1 for text in texts) / sum(len(pieces.lengths(text)) + 1 for text in texts)
+
+
+def matched(trained: Callable[[int], Pieces], sample: Sequence[bytes], *, mean: float) -> Pieces:
+    """The model whose mean patch comes nearest, by bisection on a logarithmic scale.
+
+    Raises DataError if none comes within five per cent.
+    """
+    below, above = math.log(SMALLEST), math.log(LARGEST)
+    best: Pieces | None = None
+    for _ in range(8):
+        try:
+            found = trained(round(math.exp((below + above) / 2)))
+        except DataError:  # more pieces than the text has
+            above = (below + above) / 2
+            continue
+        here = mean_patch(found, sample)
+        if best is None or abs(here - mean) < abs(mean_patch(best, sample) - mean):
+            best = found
+        below, above = ((below + above) / 2, above) if here < mean else (below, (below + above) / 2)
+    if best is None or abs(mean_patch(best, sample) / mean - 1) > TOLERANCE:
+        got = "none" if best is None else f"at best {mean_patch(best, sample):.3f}"
+        raise DataError(
+            f"a vocabulary of {SMALLEST} to {LARGEST} pieces must give patches of {mean:g} symbols, got {got}; change "
+            "--mean-patch, --max-patch-bytes or --sample-bytes"
+        )
+    return best
+
+
+def _save(pieces: Pieces, path: Path) -> None:
+    """Whole or not at all."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_bytes(pieces.model)
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise DataError(f"{path} must be a file that can be written, got: {error}; change --out") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

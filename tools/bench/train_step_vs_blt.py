@@ -1,0 +1,268 @@
+"""Forward, loss and backward of our byte path against transformers' BLT: CPU seconds a step, one thread, in turn.
+
+    python tools/bench/train_step_vs_blt.py [--steps 9] [--shapes small large] [--dtypes float32 bfloat16] [--json]
+
+Ours is the same function with the same number of parameters (BLT's pooling, Coda input and trunk; `engine/from_blt.py`
+loads its weights), with the router beside it. Patches of 4 on both sides: theirs is then the mode that leaks
+bytes within a patch, so the losses are not compared. bfloat16 is autocast over float32 weights. Memory is the growth of
+the process's peak over three steps, each arm in a process of its own. The share of the peak is that of plain float32 or
+bfloat16 products of the sizes of our matrices, one after the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from matformer.data.packing import build_batch
+from matformer.data.patching import StaticPatcher
+from matformer.data.sources import Document, text_span
+from matformer.engine.from_blt import load_blt, model_config_of
+from matformer.hosts.plain import PlainTrunk
+from matformer.losses.total import total_loss
+from matformer.model import Matformer
+from matformer.parallel.process import settle
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from transformers import BltConfig, BltForCausalLM
+
+WARM_UP, PATCH, ROWS = 2, 4, 2
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One size of both models. Source: ../shared/research/anchors_model.md, section 3."""
+
+    symbols: int
+    local: int
+    width: int
+    layers: int
+    ffn_width: int
+    inner: int
+
+
+SHAPES = {
+    "small": Shape(symbols=256, local=128, width=256, layers=2, ffn_width=512, inner=256),
+    "large": Shape(symbols=1024, local=256, width=512, layers=8, ffn_width=512, inner=512),
+}
+
+
+def blt(shape: Shape) -> BltForCausalLM:
+    """transformers' model, weights drawn."""
+    slots = shape.width // shape.local
+    local = {"hidden_size": shape.local, "num_attention_heads": 4, "intermediate_size": shape.inner}
+    local |= {"hidden_size_global": shape.width, "cross_attn_k": slots}
+    library: Any = BltConfig
+    config = library(
+        patch_in_forward=False,
+        cross_attn_k=slots,
+        encoder_hash_byte_group_vocab=5000,
+        encoder_config=local | {"num_hidden_layers": 1},
+        decoder_config=local | {"num_hidden_layers": 2},
+        global_config={
+            "hidden_size": shape.width,
+            "num_attention_heads": 4,
+            "num_hidden_layers": shape.layers,
+            "intermediate_size": shape.ffn_width,
+        },
+        attn_implementation="sdpa",
+    )
+    torch.manual_seed(0)
+    return BltForCausalLM(config)
+
+
+def autocast(dtype: str) -> torch.autocast:
+    """The numbers that matrix products take."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def their_step(shape: Shape, dtype: str) -> tuple[nn.Module, Step]:
+    """Their model and its step over random bytes."""
+    model = blt(shape)
+    symbols = torch.randint(4, 260, (ROWS, shape.symbols), generator=torch.Generator().manual_seed(1))
+    lengths = torch.full((ROWS, shape.symbols // PATCH), PATCH)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        with autocast(dtype):
+            loss = model(symbols, labels=symbols, use_cache=False, patch_lengths=lengths).loss
+        loss.backward()
+
+    return model, step
+
+
+def our_step(shape: Shape, dtype: str) -> tuple[nn.Module, Step]:
+    """Ours with the same weights, over as many symbols (bytes and `<end>`) in the same patches."""
+    theirs = blt(shape)
+    settings: Any = theirs.config
+    config = model_config_of(settings, window=shape.symbols)
+    model = Matformer(config, trunk=PlainTrunk(config.atto))
+    load_blt(model, settings, theirs.state_dict())
+    dice = np.random.default_rng(1)
+    patcher = StaticPatcher(PATCH)
+    documents = [Document(str(i), (text_span(dice.bytes(shape.symbols - 1), patcher),)) for i in range(ROWS)]
+    batch = build_batch(documents, model=config, sequence_latents=1 + shape.symbols // PATCH)
+    counts, weights = batch.counts(), {"text": 1.0, "router": 0.1}
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        with autocast(dtype):
+            sums: Any = model(batch)
+            loss = total_loss(sums, counts=counts, weights=weights)
+        loss.backward()
+
+    return model, step
+
+
+ARMS = {"ours": our_step, "theirs": their_step}
+
+
+def cpu_seconds(step: Step) -> float:
+    """Of one call."""
+    began = time.process_time()
+    step()
+    return time.process_time() - began
+
+
+def peak_growth(arm: str, shape: str, dtype: str) -> float:
+    """MiB that three steps add to the peak of a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_growth, (arm, shape, dtype))
+
+
+def _peak_growth(arm: str, shape: str, dtype: str) -> float:
+    torch.set_num_threads(1)
+    _, step = ARMS[arm](SHAPES[shape], dtype)
+    before = _resident_now()
+    for _ in range(3):
+        step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+
+
+def _resident_now() -> float:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+
+
+def flops_of(step: Step) -> int:
+    """Of one step, as torch counts them: products and attention."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        step()
+    return counter.get_total_flops()
+
+
+def matmul_gflops(model: nn.Module, step: Step, dtype: str) -> float:
+    """Of plain products of the sizes of the model's matrices: what one core gives at best."""
+    sizes: list[tuple[int, int, int]] = []
+
+    def note(module: Any, inputs: tuple[torch.Tensor], _: object) -> None:  # noqa: ANN401 - torch's contract
+        out, width = module.weight.shape
+        sizes.append((inputs[0].numel() // width, out, width))
+
+    hooks = [module.register_forward_hook(note) for module in model.modules() if isinstance(module, nn.Linear)]
+    step()
+    for hook in hooks:
+        hook.remove()
+    kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    pairs = [
+        (torch.randn(rows, width).to(kind), torch.randn(width, out).to(kind)) for rows, out, width in sizes if rows
+    ]
+    seconds = min(cpu_seconds(lambda: [a @ b for a, b in pairs]) for _ in range(7))
+    return sum(2 * a.shape[0] * b.numel() for a, b in pairs) / seconds / 1e9
+
+
+def measure(name: str, dtype: str, steps: int) -> dict[str, Any]:
+    """Both arms at one shape, step by step in turn."""
+    shape = SHAPES[name]
+    models, made = {}, {}
+    for arm, build in ARMS.items():
+        models[arm], made[arm] = build(shape, dtype)
+    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    for number in range(WARM_UP + steps):
+        for arm in list(ARMS) if number % 2 else reversed(list(ARMS)):
+            taken = cpu_seconds(made[arm])
+            if number >= WARM_UP:
+                seconds[arm].append(taken)
+    ratios = [ours / theirs for ours, theirs in zip(seconds["ours"], seconds["theirs"], strict=True)]
+    ours, theirs = (statistics.median(seconds[arm]) for arm in ("ours", "theirs"))
+    flops = {arm: flops_of(step) for arm, step in made.items()}
+    return {
+        "shape": name,
+        "dtype": dtype,
+        "ours_cpu_s": ours,
+        "theirs_cpu_s": theirs,
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "ours_gflops": flops["ours"] / ours / 1e9,
+        "theirs_gflops": flops["theirs"] / theirs / 1e9,
+        "matmul_gflops": matmul_gflops(models["ours"], made["ours"], dtype),
+        "ours_gflop": flops["ours"] / 1e9,
+        "theirs_gflop": flops["theirs"] / 1e9,
+        "ours_parameters": sum(p.numel() for p in models["ours"].parameters()),
+        "theirs_parameters": sum(p.numel() for p in models["theirs"].parameters()),
+        "ours_peak_mib": peak_growth("ours", name, dtype),
+        "theirs_peak_mib": peak_growth("theirs", name, dtype),
+    }
+
+
+def table(cases: list[dict[str, Any]]) -> Table:
+    """A row a case."""
+    names = ("shape", "dtype", "parameters, M", "ours, ms", "BLT, ms", "ratio (min … max)", "GFLOP a step", "GFLOP/s")
+    shown = Table(
+        *names, "of matmul peak", "peak, MiB", title="one training step, one thread: ours / transformers' BLT"
+    )
+    for case in cases:
+        shown.add_row(
+            case["shape"],
+            case["dtype"],
+            f"{case['ours_parameters'] / 1e6:.2f} / {case['theirs_parameters'] / 1e6:.2f}",
+            f"{1e3 * case['ours_cpu_s']:.1f}",
+            f"{1e3 * case['theirs_cpu_s']:.1f}",
+            f"{case['ratio']:.3f} ({case['ratio_min']:.3f} … {case['ratio_max']:.3f})",
+            f"{case['ours_gflop']:.1f} / {case['theirs_gflop']:.1f}",
+            f"{case['ours_gflops']:.0f} / {case['theirs_gflops']:.0f}",
+            f"{case['ours_gflops'] / case['matmul_gflops']:.0%} of {case['matmul_gflops']:.0f}",
+            f"{case['ours_peak_mib']:.0f} / {case['theirs_peak_mib']:.0f}",
+        )
+    return shown
+
+
+def main() -> int:
+    """Prints a table; with --json one JSON line last."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument("--json", action="store_true")
+    asked = parser.parse_args()
+    settle(1)
+    warnings.simplefilter("ignore")
+    cases = [measure(shape, dtype, asked.steps) for shape in asked.shapes for dtype in asked.dtypes]
+    Console(width=190).print(table(cases))
+    if asked.json:
+        sys.stdout.write(json.dumps({"cases": cases}) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
