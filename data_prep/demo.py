@@ -44,18 +44,28 @@ from data_prep.encode_latents import (
 from data_prep.fetch import PACKAGES, fetch, sha256_of
 from data_prep.pictures import all_pictures
 from data_prep.records import Document, Picture, Sound, is_held_out, number_of
+from data_prep.score_entropy import pick_threshold
 from data_prep.speech import SAMPLE_RATE, all_prompts, spoken_names
 from data_prep.texts import all_texts
+from data_prep.train_entropy_model import bits_per_byte, documents, train
+from data_prep.train_sentencepiece import first_texts
 from data_prep.write import write_albums, write_pairs, write_texts
 from matformer.autoencoders import Autoencoder
+from matformer.config.schema import PatcherConfig
+from matformer.data.entropy import entropies
+from matformer.data.patching import EntropyPatcher
 from matformer.errors import DataError, MatformerError
 
 log = logging.getLogger(__name__)
 
 COMPLETE = "demo.json"
-LAYOUT = 2
+LAYOUT = 3
 TEXT_ONE_IN, CONCEPT_ONE_IN = 50, 10
-REAL_STAGES = 5
+REAL_STAGES = 6
+ENTROPY_STEPS = {"demo": 300, "synthetic": 20}
+ENTROPY_BATCH = 4096
+ENTROPY_SAMPLE_BYTES = 200_000
+MEAN_PATCH = 4.0
 Item = TypeVar("Item")
 
 
@@ -131,7 +141,7 @@ def prepare_minimal(out: Path) -> None:
                 sources=[{"spec": "synthetic", "licence": "none needed", "attribution": "drawn and computed here"}],
                 missing=[],
             )
-            with Stages(1) as stages:
+            with Stages(2) as stages:
                 _build(material, folder=folder, stages=stages)
 
 
@@ -232,6 +242,8 @@ def _build(material: Material, *, folder: Path, stages: Stages) -> None:
             "speech": _write_pairs(sounds, material=material, latents=sound_latents, folder=folder / "speech"),
             "albums": _write_albums(pictures, material=material, latents=picture_latents, folder=folder / "albums"),
         }
+    with stages.stage("entropy model"):
+        report["entropy"] = _entropy_model(folder, steps=ENTROPY_STEPS[material.kind])
     report |= {"sources": material.sources, "missing": material.missing, "seconds": stages.seconds}
     report["prepared_bytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     (folder / COMPLETE).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -284,6 +296,21 @@ def _write_text(material: Material, *, folder: Path) -> dict[str, Any]:
     extra = _terms(material)
     return {
         side: write_texts(part, folder=folder / side, extra=extra | {"split": side}) for side, part in parts.items()
+    }
+
+
+def _entropy_model(folder: Path, *, steps: int) -> dict[str, Any]:
+    """A byte model for the entropy patchers beside the text, and the threshold that gives patches of MEAN_PATCH."""
+    text = folder / "text"
+    model = train(documents(text / "train", seed=0), steps=steps, seed=0, batch_symbols=ENTROPY_BATCH)
+    model.save(folder / "entropy")
+    sample = list(first_texts(text / "train", num_bytes=ENTROPY_SAMPLE_BYTES))
+    scored = list(zip(sample, entropies(model, sample), strict=True))
+    patcher = EntropyPatcher(model, threshold=1.0, max_patch_bytes=PatcherConfig().max_patch_bytes)
+    return {
+        "threshold": pick_threshold(scored, patcher=patcher, mean_patch=MEAN_PATCH),
+        "mean_patch": MEAN_PATCH,
+        "heldout_bits_per_byte": bits_per_byte(model, documents(text / "heldout", seed=0), num_bytes=50_000),
     }
 
 
@@ -356,6 +383,9 @@ def summary(out: Path) -> Table:
         cells = [f"{parts[side]['samples']} samples" + _hours(parts[side]) for side in sides]
         quality = ", ".join(f"{key} {value:.2f}" for key, value in parts["autoencoder"]["heldout_quality"].items())
         table.add_row(name, *cells, quality)
+    entropy = report["entropy"]
+    said = f"threshold {entropy['threshold']} for patches of {entropy['mean_patch']:g}"
+    table.add_row("entropy model", "", f"{entropy['heldout_bits_per_byte']:.2f} bits a byte", said)
     albums = [report["albums"][side] for side in sides]
     table.add_row("albums", *(f"{part['samples']} albums, {part['pictures']} pictures" for part in albums), "")
     seconds = sum(report["seconds"].values())

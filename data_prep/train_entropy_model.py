@@ -71,7 +71,14 @@ def documents(folder: Path, *, seed: int) -> Iterator[bytes]:
             yield bytes(reader.view(block, "bytes")[int(docs[place]) : int(docs[place + 1])])
 
 
-def train(texts: Iterator[bytes], *, steps: int, seed: int, settings: EntropySettings | None = None) -> EntropyModel:
+def train(
+    texts: Iterator[bytes],
+    *,
+    steps: int,
+    seed: int,
+    settings: EntropySettings | None = None,
+    batch_symbols: int | None = None,
+) -> EntropyModel:
     """Next-symbol cross-entropy over whole documents, AdamW, a rate that rises and falls to zero."""
     torch.manual_seed(seed)
     model = EntropyModel(settings or EntropySettings())
@@ -86,7 +93,7 @@ def train(texts: Iterator[bytes], *, steps: int, seed: int, settings: EntropySet
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = LEARNING_RATE * min((step + 1) / WARM_UP, 1.0, 2 * (steps - step) / steps)
-            inputs, pieces, places, targets = _batch(texts)
+            inputs, pieces, places, targets = _batch(texts, batch_symbols or BATCH_SYMBOLS)
             loss = F.cross_entropy(model(inputs, pieces, places), targets)
             optimizer.zero_grad()
             loss.backward()
@@ -100,16 +107,16 @@ def bits_per_byte(model: EntropyModel, texts: Iterator[bytes], *, num_bytes: int
     """Of at least `num_bytes` of documents, `<end>` paid for and not divided by."""
     nats, seen = 0.0, 0
     while seen < num_bytes:
-        inputs, pieces, places, targets = _batch(texts)
+        inputs, pieces, places, targets = _batch(texts, BATCH_SYMBOLS)
         nats += float(F.cross_entropy(model(inputs, pieces, places), targets, reduction="sum"))
         seen += int((targets != END).sum())
     return nats / seen / math.log(2)
 
 
-def _batch(texts: Iterator[bytes]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Inputs, piece and place of each, and targets of whole documents of about BATCH_SYMBOLS symbols together."""
+def _batch(texts: Iterator[bytes], num_symbols: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Inputs, piece and place of each, and targets of whole documents of about `num_symbols` symbols together."""
     inputs: list[np.ndarray] = []
-    while sum(map(len, inputs)) < BATCH_SYMBOLS:
+    while sum(map(len, inputs)) < num_symbols:
         inputs.append(input_symbols(next(texts)))
     lengths = [len(one) for one in inputs]
     targets = np.concatenate([np.append(one[1:], END) for one in inputs])

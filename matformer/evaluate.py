@@ -29,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = _parser().parse_args(arguments)
     try:
         settle(run_config(asked.run).parallel.threads)
-        evaluation = evaluate_run(asked.run, ema=asked.ema, text_bytes=asked.text_bytes, media_spans=asked.media_spans)
+        evaluation = evaluate_run(
+            asked.run, ema=asked.ema, text_bytes=asked.text_bytes, media_spans=asked.media_spans, data=asked.data
+        )
     except MatformerError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
@@ -95,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m matformer.evaluate", description=__doc__)
     parser.add_argument("run", type=Path, help="run folder, such as runs/demo")
     parser.add_argument("--ema", action="store_true", help="the average of the weights instead of the last ones")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="score this text data set's held-out split instead")
     parser.add_argument("--text-bytes", type=_natural, metavar="N", help="bytes of held-out text (the run's own)")
     parser.add_argument("--media-spans", type=_natural, metavar="N", help="spans of each modality (the run's own)")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")

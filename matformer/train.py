@@ -31,7 +31,6 @@ from matformer.errors import MatformerError
 from matformer.observe.progress import ProgressLine
 from matformer.observe.sinks import MetricsFile, Sink, WandbSink
 from matformer.parallel.process import settle
-from matformer.report import write_report
 
 log = logging.getLogger("matformer.train")  # __name__ is __main__ when started as a door
 
@@ -109,6 +108,8 @@ def _show_what_it_learned(path: Path) -> None:
     evaluate_run(path, ema=True)
     log.info("making samples")
     make_gallery(path)
+    from matformer.report import write_report  # takes a second to import, and a run that is stopped needs none of it
+
     write_report(path)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from matformer.config.schema import EvalConfig, RunConfig
+from matformer.config.schema import EvalConfig, RunConfig, SourceConfig
 from matformer.data.loader import heldout_batches, pack_documents
 from matformer.data.mixture import BadSamples, Mixture
 from matformer.data.packing import document_positions, with_noise
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 ROUTER_DOCUMENTS_A_SPAN = 2
 """Documents of the router's mixture for each of eval.media_spans; a text document has one question that counts."""
 NOISE_SEED = 0
+EVERY_BYTE = 2**62
 
 
 class HeldOut:
@@ -76,14 +77,22 @@ class Evaluation:
 
 
 def evaluate_run(
-    run_folder: Path, *, ema: bool, text_bytes: int | None = None, media_spans: int | None = None
+    run_folder: Path,
+    *,
+    ema: bool,
+    text_bytes: int | None = None,
+    media_spans: int | None = None,
+    data: Path | None = None,
 ) -> Evaluation:
     """Everything about a run's newest good checkpoint, on one plain rank; kept as evaluation.json and baselines.json.
 
-    Amounts are those of the run's `eval`, unless given. evaluation.json keeps what it holds of the same step. Raises
-    ConfigError, CheckpointError or DataError.
+    Amounts are those of the run's `eval`, unless given. evaluation.json keeps what it holds of the same step. With
+    `data`, a text data set, its held-out documents alone are scored, all unless `text_bytes` says less, and nothing is
+    kept. Raises ConfigError, CheckpointError or DataError.
     """
     config, host, _ = load_for_inference(run_folder, ema=ema)
+    if data is not None:
+        config = _of_text(config, data)
     amounts = {
         "text_bytes": config.eval.final_text_bytes if text_bytes is None else text_bytes,
         "media_spans": config.eval.final_media_spans if media_spans is None else media_spans,
@@ -95,8 +104,22 @@ def evaluate_run(
     if ema:
         numbers = {name.replace("heldout/", "heldout_ema/", 1): value for name, value in numbers.items()}
     evaluation = Evaluation(host.steps, numbers, baselines.numbers)
-    _keep(Path(run_folder), evaluation)
+    if data is None:
+        _keep(Path(run_folder), evaluation)
     return evaluation
+
+
+def _of_text(config: RunConfig, folder: Path) -> RunConfig:
+    """The same run over another text data set and nothing else."""
+    source = SourceConfig(path=folder.name, form="text", weight=1.0)
+    root = {"root": str(folder.resolve().parent), "recipe": None, "sources": {"text": source}}
+    amounts = {"text_bytes": EVERY_BYTE, "media_spans": 0, "final_text_bytes": None, "final_media_spans": None}
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update=root),
+            "eval": config.eval.model_copy(update=amounts),
+        }
+    )
 
 
 def _tables(config: RunConfig) -> Iterator[tuple[str, Documents]]:

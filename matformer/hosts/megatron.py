@@ -22,15 +22,14 @@ from torch import Tensor, nn
 from matformer.config.schema import AttoConfig, ParallelConfig
 from matformer.errors import ParallelError
 from matformer.hosts.base import Objective, Sums, Trunk
-from matformer.hosts.megatron_on_cpu import host_megatron_on_cpu
+from matformer.hosts.megatron_on_cpu import host_megatron_on_cpu, importing_megatron
 from matformer.layers.attention import AttoView, atto_attention
 from matformer.layers.norm import rms_norm
 from matformer.parallel.groups import Groups
 from matformer.parcels import Batch
 
 host_megatron_on_cpu()
-with warnings.catch_warnings():  # megatron warns of optional kernels that this host does not use
-    warnings.simplefilter("ignore")
+with importing_megatron():
     from megatron.core import parallel_state
     from megatron.core.enums import ModelType
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from matformer.checkpoint.store import save
 from matformer.config.load import save_resolved
 from matformer.config.schema import RunConfig
-from matformer.data.loader import heldout_documents
+from matformer.data.loader import heldout_batches, heldout_documents
 from matformer.data.packing import build_batch, with_noise
 from matformer.data.shards import ShardWriter
 from matformer.data.sources import open_source
@@ -357,6 +357,27 @@ def test_the_door_writes_what_it_shows(
     kept = json.loads((run_folder / "evaluation.json").read_text())
     assert kept["step"] == 7
     assert kept["heldout_ema/image/flow_loss"] != kept["heldout/image/flow_loss"] == loss
+
+
+def test_another_text_set_is_scored_whole_and_nothing_is_kept(
+    root: Path, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every byte of its held-out documents counts once; they are what this run's own text would give, in full."""
+    before = sorted(run_folder.iterdir())
+    for split in ("train", "heldout"):
+        write_text(tmp_path / "other" / split, name=split)
+    assert main([str(run_folder), "--data", str(tmp_path / "other"), "--json"]) == 0
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert not any("image" in key or "router" in key or "captions" in key for key in line)
+    run = config(root, text_bytes=10**9, media_spans=0)
+    whole = evaluate(build(run)[0], run, full=False)
+    assert line["heldout/text/bits_per_byte"] == pytest.approx(whole["heldout/text/bits_per_byte"], rel=1e-6)
+    documents = [d for batch in heldout_batches(run, "text", max_bytes=10**9) for d in batch.document_keys]
+    assert len(set(documents)) == 12
+    assert {"text/order0", "text/order2", "text/xz"} <= set(line["baselines"])
+    assert sorted(run_folder.iterdir()) == before
+    assert main([str(run_folder), "--data", str(tmp_path / "absent")]) == 2
+    assert "absent" in capsys.readouterr().err
 
 
 def test_the_door_says_in_one_sentence_what_is_missing(
