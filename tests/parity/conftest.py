@@ -1,4 +1,4 @@
-"""Worlds of ranks that stay for the whole session."""
+"""Worlds of ranks that stay while tests of this folder run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from tests.ranks.launcher import Ranks
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def world() -> Iterator[Callable[[int], Ranks]]:
     """world(n): n ranks, started when first asked for. The world of another size is taken down: cores are few."""
     held: dict[int, Ranks] = {}
