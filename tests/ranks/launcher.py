@@ -1,8 +1,8 @@
 """Several ranks on this machine: gloo on CPU, started by forkserver, with a limit on every task.
 
-The processes stay for some tasks, so that a case costs its arithmetic and not its start; not for all, because every task
-leaves groups behind, whose gloo threads poll: after fifty tasks two idle ranks took a whole core. Whatever goes wrong on
-one rank, or hangs on any, ends in a failure that shows every rank's traceback.
+The processes stay for some tasks, so that a case costs its arithmetic and not its start; not for all, because a task
+leaves groups behind, whose gloo threads poll: after fifty tasks two idle ranks took a whole core. Whatever goes wrong
+on one rank, or hangs on any, ends in a failure that shows every rank's traceback.
 """
 
 from __future__ import annotations
