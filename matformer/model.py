@@ -76,7 +76,7 @@ class Matformer(nn.Module):
         found |= {name: self.preludi[name](batch.media[name]) for name in self.model_config.media}
         hidden_LH = self.start(batch.grid)
         for rows, slots in found.values():
-            hidden_LH = hidden_LH.index_add(0, slots, rows)
+            hidden_LH = hidden_LH.index_add(0, slots, rows.to(hidden_LH.dtype))  # autocast gives fewer bits
         return hidden_LH.view(*batch.grid.kind_BS.shape, -1), input_UD
 
     def text_logits(

@@ -21,8 +21,11 @@ from data_prep.fetch import Package, fetch
 from data_prep.pictures import base_of, concept_of, framed
 from data_prep.records import Document
 from data_prep.speech import SAMPLE_RATE, levelled, resampled, trimmed
+from data_prep.train_sentencepiece import first_texts
 from data_prep.write import npy, static_patches
 from matformer.autoencoders import load_autoencoder
+from matformer.config.schema import PatcherConfig
+from matformer.data.patching import build_patcher, text_symbols
 from matformer.data.shards import ShardReader
 from matformer.errors import DataError
 
@@ -169,7 +172,16 @@ def test_a_folder_with_other_things_is_refused_and_kept(tmp_path: Path) -> None:
 
 
 def test_the_final_table_names_every_set(root: Path) -> None:
-    assert summary(root).row_count == 6
+    assert summary(root).row_count == 7
+
+
+def test_a_model_and_a_threshold_for_entropy_patches_stand_beside_the_text(root: Path) -> None:
+    found = json.loads((root / "demo.json").read_bytes())["entropy"]
+    config = PatcherConfig(kind="entropy", entropy_model=str(root / "entropy"), threshold=found["threshold"])
+    patcher = build_patcher(config)
+    texts = list(first_texts(root / "text" / "train", num_bytes=20_000))
+    lengths = np.concatenate([patcher.lengths(text_symbols(text)) for text in texts])
+    assert lengths.mean() == pytest.approx(found["mean_patch"], rel=0.2)  # the threshold was picked on other texts too
 
 
 def test_parts_of_a_long_text_join_to_it_and_end_at_lines() -> None:
