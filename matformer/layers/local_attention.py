@@ -1,7 +1,8 @@
 """Causal attention inside a window over one long row of symbols: memory linear in their number.
 
-The row holds many pieces, one after the other. It is folded into chunks of W symbols; a query sees its own chunk and
-the one before, so no W-window is ever missed and no matrix over all symbols exists:
+The row holds many pieces, one after the other. It is folded into chunks; a query sees its own chunk and as many before
+it as a window reaches back, so that no window is ever missed and no matrix over all symbols exists. A window of up to
+LONGEST_CHUNK symbols is a chunk, and one chunk before it is enough:
 
     chunk c      keys of chunk c-1   keys of chunk c
     query 0      . x x x             x . . .
@@ -23,6 +24,8 @@ from matformer.layers.attention import Rotary, rotary_tables, rotate
 from matformer.layers.feed_forward import SwiGLU
 from matformer.layers.norm import RMSNorm
 
+LONGEST_CHUNK = 64
+
 
 @dataclass(frozen=True, slots=True)
 class LocalView:
@@ -30,6 +33,7 @@ class LocalView:
 
     visible_CWT: Bool[Tensor, "C W T"]
     rotary: Rotary
+    chunks_back: int
 
 
 def local_view(
@@ -44,21 +48,24 @@ def local_view(
 
     An empty row gives one chunk of padding, so that every layer runs and every weight has a gradient.
     """
-    num_chunks = max(1, -(-piece_U.numel() // window))
-    missing = num_chunks * window - piece_U.numel()
-    piece = F.pad(piece_U, (0, missing), value=-1).view(num_chunks, window)
-    place = torch.arange(num_chunks * window, device=piece_U.device).view(num_chunks, window)
-    keys_piece, keys_place = (_with_previous(x, fill=-2) for x in (piece, place))
+    chunk = min(window, LONGEST_CHUNK)
+    num_chunks = max(1, -(-piece_U.numel() // chunk))
+    chunks_back = min(-(-(window - 1) // chunk), num_chunks - 1) if window > chunk else 1
+    missing = num_chunks * chunk - piece_U.numel()
+    piece = F.pad(piece_U, (0, missing), value=-1).view(num_chunks, chunk)
+    place = torch.arange(num_chunks * chunk, device=piece_U.device).view(num_chunks, chunk)
+    keys_piece, keys_place = (_with_previous(x, count=chunks_back, fill=-2) for x in (piece, place))
     distance = place[:, :, None] - keys_place[:, None, :]
     visible = (piece[:, :, None] == keys_piece[:, None, :]) & (distance >= 0) & (distance < window)
     rotary = rotary_tables(place_U[:, None], pairs=(head_size // 2,), bases=(rotary_base,))
-    return LocalView(visible, rotary)
+    return LocalView(visible, rotary, chunks_back)
 
 
-def _with_previous(x_CW: Tensor, *, fill: int) -> Tensor:
-    """Each chunk behind the chunk before it: `[C, W, ...] -> [C, 2W, ...]`."""
-    before = torch.cat((torch.full_like(x_CW[:1], fill), x_CW[:-1]))
-    return torch.cat((before, x_CW), dim=1)
+def _with_previous(x_CW: Tensor, *, count: int, fill: int) -> Tensor:
+    """Each chunk behind the `count` chunks before it: `[C, W, ...] -> [C, (count + 1) W, ...]`."""
+    outside = x_CW.new_full((count, *x_CW.shape[1:]), fill)
+    row = torch.cat((outside, x_CW))
+    return torch.cat([row[first : first + len(x_CW)] for first in range(count + 1)], dim=1)
 
 
 class LocalAttention(nn.Module):
@@ -81,8 +88,8 @@ class LocalAttention(nn.Module):
         )
         out = F.scaled_dot_product_attention(
             query.transpose(1, 2),
-            _with_previous(key, fill=0).transpose(1, 2),
-            _with_previous(value, fill=0).transpose(1, 2),
+            _with_previous(key, count=view.chunks_back, fill=0).transpose(1, 2),
+            _with_previous(value, count=view.chunks_back, fill=0).transpose(1, 2),
             attn_mask=view.visible_CWT[:, None],
         )
         return self.output(out.transpose(1, 2).reshape(num_chunks * window, width)[:num_units])
