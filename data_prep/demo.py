@@ -48,12 +48,12 @@ from data_prep.score_entropy import pick_threshold
 from data_prep.speech import SAMPLE_RATE, all_prompts, spoken_names
 from data_prep.texts import all_texts
 from data_prep.train_entropy_model import bits_per_byte, documents, train
-from data_prep.train_sentencepiece import first_texts
 from data_prep.write import write_albums, write_pairs, write_texts
 from matformer.autoencoders import Autoencoder
 from matformer.config.schema import PatcherConfig
 from matformer.data.entropy import entropies
 from matformer.data.patching import EntropyPatcher
+from matformer.data.texts import first_texts
 from matformer.errors import DataError, MatformerError
 
 log = logging.getLogger(__name__)

@@ -31,6 +31,7 @@ from data_prep.write import npy
 from matformer.data.entropy import entropies, load_entropy_model
 from matformer.data.patching import EntropyPatcher
 from matformer.data.shards import ShardReader, ShardWriter
+from matformer.data.texts import open_texts, texts_of
 from matformer.errors import DataError, MatformerError
 
 log = logging.getLogger("data_prep.score_entropy")
@@ -119,12 +120,6 @@ def score_block(job: Job) -> Job:
     return job
 
 
-def texts_of(reader: ShardReader, block: int) -> list[bytes]:
-    """The documents of one block."""
-    docs, data = reader.array(block, "docs.npy"), reader.view(block, "bytes")
-    return [bytes(data[first:last]) for first, last in zip(docs[:-1].tolist(), docs[1:].tolist(), strict=True)]
-
-
 def pick_threshold(
     documents: Sequence[tuple[bytes, Float[np.ndarray, " n1"]]], *, patcher: EntropyPatcher, mean_patch: float
 ) -> float:
@@ -180,9 +175,7 @@ def _split(
 
 def _jobs(folder: Path, *, work: Path, model: Path, tag: str) -> list[Job]:
     """The file's name says what was scored and by whom: work left by another model or text is not taken."""
-    reader = ShardReader(folder)
-    if reader.manifest["form"] != "text":
-        raise DataError(f"{folder} must be a data set of form text, got {reader.manifest['form']}; change --data")
+    reader = open_texts(folder)
     jobs = []
     for block in range(len(reader)):
         data = reader.view(block, "bytes")

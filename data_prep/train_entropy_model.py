@@ -24,7 +24,7 @@ from rich.progress import Progress, TextColumn
 from torch import Tensor
 
 from matformer.data.entropy import EntropyModel, EntropySettings, input_symbols
-from matformer.data.shards import ShardReader
+from matformer.data.texts import open_texts
 from matformer.errors import DataError, MatformerError
 from matformer.shapes import END, NUM_TARGETS
 
@@ -56,9 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def documents(folder: Path, *, seed: int) -> Iterator[bytes]:
     """Documents of a text data set in a shuffled order, over and over. Raises DataError if there are none."""
-    reader = ShardReader(folder)
-    if reader.manifest["form"] != "text":
-        raise DataError(f"{folder} must be a data set of form text, got {reader.manifest['form']}; change --data")
+    reader = open_texts(folder)
     counts = [reader.array_length(i, "docs.npy") - 1 for i in range(len(reader))]
     firsts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
     if not firsts[-1]:

@@ -14,12 +14,11 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from data_prep.score_entropy import texts_of
 from matformer.data.pieces import Pieces, train_pieces
-from matformer.data.shards import ShardReader
+from matformer.data.texts import first_texts
 from matformer.errors import DataError, MatformerError
 
 log = logging.getLogger("data_prep.train_sentencepiece")
@@ -63,22 +62,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sample-bytes", type=int, default=4_000_000, help="of train that it learns from")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     return parser
-
-
-def first_texts(folder: Path, *, num_bytes: int) -> Iterator[bytes]:
-    """Documents, block by block, until `num_bytes` are there. Raises DataError if there are none."""
-    reader = ShardReader(folder)
-    if reader.manifest["form"] != "text":
-        raise DataError(f"{folder} must be a data set of form text, got {reader.manifest['form']}; change --data")
-    seen = 0
-    for block in range(len(reader)):
-        for text in texts_of(reader, block):
-            yield text
-            seen += len(text)
-            if seen >= num_bytes:
-                return
-    if not seen:
-        raise DataError(f"{folder} must hold text, got none; change --data")
 
 
 def mean_patch(pieces: Pieces, texts: Sequence[bytes]) -> float:

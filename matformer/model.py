@@ -54,14 +54,17 @@ class Matformer(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor | Sums:
         """Sums of losses, one number a document and part `[E]`; off the last stage, what is sent on."""
-        hidden, text_input_UD = self._embedded(batch) if self.is_first else (None, None)
-        latents = self.atto(hidden, atto_view(batch.grid, self.model_config.atto))
+        latents, text_input_UD = self.run(batch)
         return self.sums(latents, batch, text_input_UD) if self.is_last else latents
+
+    def run(self, batch: Batch) -> tuple[Tensor, Float[Tensor, "U D"] | None]:
+        """As `latents`, and the Coda's inputs for text where the Preludio makes them."""
+        hidden, text_input_UD = self._embedded(batch) if self.is_first else (None, None)
+        return self.atto(hidden, atto_view(batch.grid, self.model_config.atto)), text_input_UD
 
     def latents(self, batch: Batch) -> Tensor:
         """The Atto's output `[B, S, H]` on the last stage, else what this stage sends."""
-        hidden = self.embed(batch) if self.is_first else None
-        return self.atto(hidden, atto_view(batch.grid, self.model_config.atto))
+        return self.run(batch)[0]
 
     def embed(self, batch: Batch) -> Float[Tensor, "B S H"]:
         """Every Preludio's rows at their positions; padding is zero."""
@@ -87,7 +90,7 @@ class Matformer(nn.Module):
             text = self.preludi["text"]
             assert isinstance(text, TextPreludio)
             input_UD = text.coda_inputs(units)
-        return self.code["text"](latent_LH, units, *(() if input_UD is None else (input_UD,)))
+        return self.code["text"](latent_LH, units, input_UD)
 
     def sums(
         self, latents_BSH: Float[Tensor, "B S H"], batch: Batch, text_input_UD: Float[Tensor, "U D"] | None = None

@@ -63,7 +63,7 @@ class StaticPatcher(Patcher):
 
     def boundary(self) -> Boundary:
         """See Patcher."""
-        return _StaticBoundary(self.patch_bytes)
+        return _Bounded(self.patch_bytes)
 
     def identity(self) -> dict[str, Any]:
         """See Patcher."""
@@ -183,7 +183,7 @@ class BpePatcher(Patcher):
 
     def boundary(self) -> Boundary:
         """See Patcher."""
-        return _GivenBoundary(self.max_patch_bytes)
+        return _Bounded(self.max_patch_bytes)
 
     def identity(self) -> dict[str, Any]:
         """See Patcher."""
@@ -202,59 +202,47 @@ def chunked(runs: np.ndarray, *, longest: int) -> np.ndarray:
     return lengths
 
 
-class _EntropyBoundary(Boundary):
-    def __init__(self, patcher: EntropyPatcher) -> None:
-        self._patcher = patcher
-        self._inputs = input_symbols(b"")
+class _Bounded(Boundary):
+    """A rule beside the two that hold for every patch: it is no longer than `longest`, and `<end>` ends it."""
+
+    def __init__(self, longest: int) -> None:
+        self._longest = longest
         self._length = 0
 
     def push(self, symbol: int, *, ends: bool = False) -> bool:
         if symbol == END:
             return True
+        self._length += 1
+        here = self._rule(symbol, ends=ends) or self._length == self._longest
+        if here:
+            self._length = 0
+        return here
+
+    def _rule(self, symbol: int, *, ends: bool) -> bool:
+        """Whether the patch ends with this byte."""
+        return ends
+
+
+class _EntropyBoundary(_Bounded):
+    def __init__(self, patcher: EntropyPatcher) -> None:
+        super().__init__(patcher.max_patch_bytes)
+        self._patcher = patcher
+        self._inputs = input_symbols(b"")
+
+    def _rule(self, symbol: int, *, ends: bool) -> bool:
         self._inputs = np.append(self._inputs, symbol)[-(self._patcher.model.settings.sight + 1) :]
-        self._length += 1
-        here = self._length == self._patcher.max_patch_bytes or self._patcher.exact_excess(self._inputs) > 0
-        if here:
-            self._length = 0
-        return here
+        return self._length < self._longest and self._patcher.exact_excess(self._inputs) > 0
 
 
-class _GivenBoundary(Boundary):
-    def __init__(self, max_patch_bytes: int) -> None:
-        self._max_patch_bytes = max_patch_bytes
-        self._length = 0
-
-    def push(self, symbol: int, *, ends: bool = False) -> bool:
-        self._length += 1
-        here = ends or self._length == self._max_patch_bytes or symbol == END
-        if here:
-            self._length = 0
-        return here
-
-
-class _StaticBoundary(Boundary):
-    def __init__(self, patch_bytes: int) -> None:
-        self._patch_bytes = patch_bytes
-        self._length = 0
-
-    def push(self, symbol: int, *, ends: bool = False) -> bool:
-        self._length = (self._length + 1) % self._patch_bytes
-        return self._length == 0 or symbol == END
-
-
-class _SpaceBoundary(Boundary):
-    def __init__(self, max_patch_bytes: int) -> None:
-        self._max_patch_bytes = max_patch_bytes
-        self._length = 0
+class _SpaceBoundary(_Bounded):
+    def __init__(self, longest: int) -> None:
+        super().__init__(longest)
         self._after_space = True
 
-    def push(self, symbol: int, *, ends: bool = False) -> bool:
+    def _rule(self, symbol: int, *, ends: bool) -> bool:
         space = bool(_SPACE_LIKE[symbol])
-        self._length += 1
-        here = (space and not self._after_space) or self._length == self._max_patch_bytes or symbol == END
+        here = space and not self._after_space
         self._after_space = space
-        if here:
-            self._length = 0
         return here
 
 

@@ -18,10 +18,8 @@ from matformer.config.schema import AttoConfig, ModelConfig, TextConfig
 from matformer.errors import CheckpointError
 from matformer.layers.norm import RMSNorm
 from matformer.model import Matformer
-from matformer.preludio.text import TextPreludio
-from matformer.shapes import BEGIN, END, MASK, NUM_SYMBOLS, NUM_TARGETS
-
-OFFSET, BOS, EOS, PAD = 4, 1, 2, 3  # bytes begin at 4 in their vocabulary
+from matformer.preludio.text import TextPreludio, blt_numbers
+from matformer.shapes import NUM_SYMBOLS, NUM_TARGETS
 
 
 class LocalBlt(Protocol):
@@ -140,25 +138,24 @@ def weights_of(blt: Blt, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our weights by global name, but `start.embedding.weight`; `state` is BltForCausalLM's state_dict."""
     ours: dict[str, Tensor] = {}
     trunk, encoder, decoder = blt.global_config, blt.encoder_config, blt.decoder_config
+    size = encoder.hidden_size // encoder.num_attention_heads
     for i in range(trunk.num_hidden_layers):
         _trunk_layer(ours, f"atto.layers.{i}", state, f"model.global_transformer.layers.{i}", trunk=trunk)
     ours["atto.final_norm.weight"] = torch.ones(trunk.hidden_size)
-    ours["preludi.text.embedding.weight"] = _symbols(state["model.local_encoder.embed_tokens.weight"])
+    ours["preludi.text.embedding.weight"] = _symbols(state["model.local_encoder.embed_tokens.weight"], NUM_SYMBOLS)
     ours["preludi.text.ngram_embedding.table.weight"] = state["model.encoder_hash_tok_embedding.weight"]
     for i in range(encoder.num_hidden_layers):
         block, theirs = f"preludi.text.blocks.{i}", f"model.local_encoder.layers.{i}"
-        _local_block(ours, block, state, theirs, heads=encoder.num_attention_heads, scale=1.0)
+        _local_block(ours, block, state, theirs, size=size, scale=1.0)
     _pool(ours, state, encoder)
     ours["code.text.projection.weight"] = state["model.local_decoder.patch_embedding_projection.weight"]
     ours["code.text.latent_norm.weight"] = torch.ones(decoder.hidden_size)
     for i in range(decoder.num_hidden_layers):
         _reader(ours, i, state, scale=0.5 ** (i + 1))
         block, theirs = f"code.text.blocks.{i}", f"model.local_decoder.layers.{i}"
-        _local_block(ours, block, state, theirs, heads=decoder.num_attention_heads, scale=0.5 ** (i + 1))
+        _local_block(ours, block, state, theirs, size=size, scale=0.5 ** (i + 1))
     ours["code.text.output_norm.weight"] = state["model.local_decoder.norm.weight"]
-    head = state["lm_head.weight"]
-    ours["code.text.head.weight"] = torch.cat((head[OFFSET : OFFSET + 256], head[EOS : EOS + 1]))
-    assert len(ours["code.text.head.weight"]) == NUM_TARGETS
+    ours["code.text.head.weight"] = _symbols(state["lm_head.weight"], NUM_TARGETS)
     return ours
 
 
@@ -178,35 +175,37 @@ def epsilons_of(blt: Blt) -> dict[str, float]:
 def _trunk_layer(
     ours: dict[str, Tensor], name: str, state: Mapping[str, Tensor], theirs: str, *, trunk: GlobalBlt
 ) -> None:
-    attention, feed_forward = f"{theirs}.self_attn", f"{theirs}.mlp"
-    size = trunk.hidden_size // trunk.num_attention_heads
+    query, key, value = _queries_keys_values(state, theirs, size=trunk.hidden_size // trunk.num_attention_heads)
+    ours |= _layer(name, state, theirs)
     ours |= {
-        f"{name}.attention_norm.weight": state[f"{theirs}.input_layernorm.weight"],
-        f"{name}.attention.query.weight": _halves(state[f"{attention}.q_proj.weight"], size),
-        f"{name}.attention.key.weight": _halves(state[f"{attention}.k_proj.weight"], size),
-        f"{name}.attention.value.weight": state[f"{attention}.v_proj.weight"],
-        f"{name}.attention.output.weight": state[f"{attention}.o_proj.weight"],
-        f"{name}.feed_forward_norm.weight": state[f"{theirs}.post_attention_layernorm.weight"],
-        f"{name}.feed_forward.gate.weight": state[f"{feed_forward}.gate_proj.weight"],
-        f"{name}.feed_forward.up.weight": state[f"{feed_forward}.up_proj.weight"],
-        f"{name}.feed_forward.down.weight": state[f"{feed_forward}.down_proj.weight"],
+        f"{name}.attention.query.weight": query,
+        f"{name}.attention.key.weight": key,
+        f"{name}.attention.value.weight": value,
     }
 
 
 def _local_block(
-    ours: dict[str, Tensor], name: str, state: Mapping[str, Tensor], theirs: str, *, heads: int, scale: float
+    ours: dict[str, Tensor], name: str, state: Mapping[str, Tensor], theirs: str, *, size: int, scale: float
 ) -> None:
-    attention, feed_forward = f"{theirs}.self_attn", f"{theirs}.mlp"
-    query, key, value = (state[f"{attention}.{part}_proj.weight"] for part in "qkv")
-    size = len(query) // heads
-    ours |= {
+    ours |= _layer(name, state, theirs, scale=scale)
+    ours[f"{name}.attention.query_key_value.weight"] = torch.cat(_queries_keys_values(state, theirs, size=size))
+
+
+def _queries_keys_values(state: Mapping[str, Tensor], theirs: str, *, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """With rotary pairs as ours has them; `size` of a head."""
+    query, key, value = (state[f"{theirs}.self_attn.{part}_proj.weight"] for part in "qkv")
+    return _halves(query, size), _halves(key, size), value
+
+
+def _layer(name: str, state: Mapping[str, Tensor], theirs: str, *, scale: float = 1.0) -> dict[str, Tensor]:
+    """What layers of the trunk and of the local models are called alike; `scale` of what goes into the stream."""
+    return {
         f"{name}.attention_norm.weight": state[f"{theirs}.input_layernorm.weight"],
-        f"{name}.attention.query_key_value.weight": torch.cat((_halves(query, size), _halves(key, size), value)),
-        f"{name}.attention.output.weight": scale * state[f"{attention}.o_proj.weight"],
+        f"{name}.attention.output.weight": scale * state[f"{theirs}.self_attn.o_proj.weight"],
         f"{name}.feed_forward_norm.weight": state[f"{theirs}.post_attention_layernorm.weight"],
-        f"{name}.feed_forward.gate.weight": state[f"{feed_forward}.gate_proj.weight"],
-        f"{name}.feed_forward.up.weight": state[f"{feed_forward}.up_proj.weight"],
-        f"{name}.feed_forward.down.weight": scale * state[f"{feed_forward}.down_proj.weight"],
+        f"{name}.feed_forward.gate.weight": state[f"{theirs}.mlp.gate_proj.weight"],
+        f"{name}.feed_forward.up.weight": state[f"{theirs}.mlp.up_proj.weight"],
+        f"{name}.feed_forward.down.weight": scale * state[f"{theirs}.mlp.down_proj.weight"],
     }
 
 
@@ -236,12 +235,9 @@ def _reader(ours: dict[str, Tensor], number: int, state: Mapping[str, Tensor], *
     }
 
 
-def _symbols(theirs: Tensor) -> Tensor:
-    """Rows of their vocabulary in the order of ours."""
-    ours = theirs.new_zeros(NUM_SYMBOLS, theirs.shape[1])
-    ours[:256] = theirs[OFFSET : OFFSET + 256]
-    ours[END], ours[BEGIN], ours[MASK] = theirs[EOS], theirs[BOS], theirs[PAD]
-    return ours
+def _symbols(theirs: Tensor, count: int) -> Tensor:
+    """Rows of their vocabulary in the order of our first `count` symbols."""
+    return theirs[blt_numbers(torch.arange(count))]
 
 
 def _halves(weight: Tensor, size: int) -> Tensor:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from matformer.atto import trunk
 from matformer.config.schema import ModelConfig
 from matformer.data.entropy import EntropyModel, EntropySettings
 from matformer.data.packing import Piece, Place, build_batch, draw_zeros, pack_batch
@@ -109,8 +108,7 @@ def _ours_first(logits: Tensor) -> Tensor:
 def logits_of_ours(model: Matformer, batch: Batch) -> list[Tensor]:
     """`[n + 1, 257]` a document, in the order of the batch."""
     with torch.no_grad():
-        hidden, inputs = model._embedded(batch)
-        latents = model.atto(hidden, trunk.atto_view(batch.grid, model.model_config.atto))
+        latents, inputs = model.run(batch)
         logits = model.text_logits(latents.flatten(0, 1), batch.text, inputs)
         again = model.text_logits(model.latents(batch).flatten(0, 1), batch.text)
     assert (logits - again).abs().max() < 1e-5  # what generation computes

@@ -21,12 +21,12 @@ from data_prep.fetch import Package, fetch
 from data_prep.pictures import base_of, concept_of, framed
 from data_prep.records import Document
 from data_prep.speech import SAMPLE_RATE, levelled, resampled, trimmed
-from data_prep.train_sentencepiece import first_texts
 from data_prep.write import npy, static_patches
 from matformer.autoencoders import load_autoencoder
 from matformer.config.schema import PatcherConfig
 from matformer.data.patching import build_patcher, text_symbols
 from matformer.data.shards import ShardReader
+from matformer.data.texts import first_texts
 from matformer.errors import DataError
 
 

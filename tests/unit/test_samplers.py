@@ -156,7 +156,7 @@ class AlwaysOne(Coda[TextUnits]):
         super().__init__()
         self.sign = sign
 
-    def forward(self, latent_LH: Tensor, units: TextUnits) -> Tensor:
+    def forward(self, latent_LH: Tensor, units: TextUnits, input_UD: Tensor | None = None) -> Tensor:
         logits = torch.zeros(units.symbol_U.numel(), 2 * NUM_TARGETS)
         logits[:, 97] = 9.0
         logits[:, NUM_TARGETS:] = 9.0 * self.sign
@@ -182,7 +182,7 @@ def test_end_stops_a_span_but_never_makes_an_empty_one() -> None:
     model = random_model(run)
 
     class AlwaysEnd(Coda[TextUnits]):
-        def forward(self, latent_LH: Tensor, units: TextUnits) -> Tensor:
+        def forward(self, latent_LH: Tensor, units: TextUnits, input_UD: Tensor | None = None) -> Tensor:
             return torch.eye(NUM_TARGETS)[END].repeat(len(units.symbol_U), 1)
 
     model.code["text"] = AlwaysEnd()

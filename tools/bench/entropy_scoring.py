@@ -7,33 +7,20 @@ python tools/bench/entropy_scoring.py [--data data/demo/text/train] [--model dat
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
+from common import cpu_seconds, finish, in_turn, ratios, shown
 from rich.table import Table
 
 from matformer.data.entropy import EntropyModel, entropies, input_symbols, load_entropy_model
-from matformer.data.shards import ShardReader
+from matformer.data.texts import first_texts
 from matformer.parallel.process import settle
-
-
-def first_texts(folder: Path, count: int) -> list[bytes]:
-    """The first documents of a text data set."""
-    reader = ShardReader(folder)
-    found: list[bytes] = []
-    for block in range(len(reader)):
-        docs, data = reader.array(block, "docs.npy").tolist(), reader.view(block, "bytes")
-        found += [bytes(data[first:last]) for first, last in zip(docs[:-1], docs[1:], strict=True)]
-        if len(found) >= count:
-            break
-    return found[:count]
 
 
 @torch.no_grad()
@@ -48,13 +35,6 @@ def one_by_one(model: EntropyModel, texts: Sequence[bytes]) -> list[np.ndarray]:
     return found
 
 
-def cpu_seconds(work: Callable[[], object]) -> float:
-    """Of one call."""
-    began = time.process_time()
-    work()
-    return time.process_time() - began
-
-
 def main() -> int:
     """Prints a table; with --json one JSON line last."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -66,32 +46,27 @@ def main() -> int:
     asked = parser.parse_args()
     settle(1)
     model = load_entropy_model(asked.model)
-    texts = first_texts(asked.data, asked.documents)
+    texts = list(itertools.islice(first_texts(asked.data, num_bytes=sys.maxsize), asked.documents))
     size = sum(map(len, texts))
     for ours, theirs in zip(entropies(model, texts), one_by_one(model, texts), strict=True):
         assert np.abs(ours - theirs).max() < 1e-3, "both score the same"
-    batched, single = [], []
-    for _ in range(asked.rounds):
-        batched.append(cpu_seconds(lambda: entropies(model, texts)))
-        single.append(cpu_seconds(lambda: one_by_one(model, texts)))
-    ratios = [one / many for one, many in zip(single, batched, strict=True)]
+    arms = {
+        "batched": lambda _: cpu_seconds(lambda: entropies(model, texts)),
+        "single": lambda _: cpu_seconds(lambda: one_by_one(model, texts)),
+    }
+    seconds = in_turn(arms, asked.rounds, warm_up=0)
     result = {
         "documents": len(texts),
         "bytes": size,
-        "batched_kb_per_cpu_s": size / statistics.median(batched) / 1e3,
-        "single_kb_per_cpu_s": size / statistics.median(single) / 1e3,
-        "ratio": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
+        "batched_kb_per_cpu_s": size / statistics.median(seconds["batched"]) / 1e3,
+        "single_kb_per_cpu_s": size / statistics.median(seconds["single"]) / 1e3,
+        **ratios(seconds["single"], seconds["batched"]),
     }
     table = Table("arm", "kB a CPU second", title=f"{len(texts)} documents, {size / len(texts):.0f} bytes in the mean")
     table.add_row("in batches", f"{result['batched_kb_per_cpu_s']:.0f}")
     table.add_row("a call a document", f"{result['single_kb_per_cpu_s']:.0f}")
-    table.add_row("ratio", f"{result['ratio']:.2f} ({result['ratio_min']:.2f} … {result['ratio_max']:.2f})")
-    Console().print(table)
-    if asked.json:
-        sys.stdout.write(json.dumps(result) + "\n")
-    return 0
+    table.add_row("ratio", shown(result))
+    return finish(table, result, as_json=asked.json)
 
 
 if __name__ == "__main__":

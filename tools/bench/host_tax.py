@@ -9,14 +9,14 @@ global batches with one thread, in turn: A B, B A, A B, ... The ratio is taken p
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 import multiprocessing
 import statistics
 import sys
 import time
 from multiprocessing.connection import Connection
 
-from rich.console import Console
+from common import finish, in_turn, ratios, shown
 from rich.table import Table
 
 from matformer.config.check import check
@@ -60,22 +60,19 @@ def measure(config_file: str, overrides: list[str], steps: int) -> dict[str, obj
     """Seconds of both arms, step by step in turn."""
     arms = {name: start(name, config_file, overrides) for name in ("megatron", "plain")}
     facts = {name: pipe.recv() for name, pipe in arms.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for step in range(WARM_UP + steps):
-        for name in list(arms) if step % 2 else reversed(list(arms)):
-            arms[name].send(step)
-            cpu, _ = arms[name].recv()
-            if step >= WARM_UP:
-                seconds[name].append(cpu)
+
+    def step_of(pipe: Connection, number: int) -> float:
+        pipe.send(number)
+        return pipe.recv()[0]
+
+    turns = {name: functools.partial(step_of, pipe) for name, pipe in arms.items()}
+    seconds = in_turn(turns, steps, warm_up=WARM_UP)
     for pipe in arms.values():
         pipe.send(None)
-    ratios = [ours / plain for ours, plain in zip(seconds["megatron"], seconds["plain"], strict=True)]
     return {
         "hosted_cpu_s": statistics.median(seconds["megatron"]),
         "plain_cpu_s": statistics.median(seconds["plain"]),
-        "ratio": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
+        **ratios(seconds["megatron"], seconds["plain"]),
         "steps": steps,
         **facts["plain"],
     }
@@ -94,12 +91,8 @@ def main() -> int:
     table = Table("arm", "CPU seconds a step (median)", title=f"one rank, one thread, {asked.config}")
     table.add_row("megatron-core + DeepSpeed", f"{result['hosted_cpu_s']:.3f}")
     table.add_row("plain PyTorch", f"{result['plain_cpu_s']:.3f}")
-    spread = f"({result['ratio_min']:.3f} … {result['ratio_max']:.3f})"
-    table.add_row("ratio, pair by pair", f"{result['ratio']:.3f} {spread}")
-    Console().print(table)
-    if asked.json:
-        sys.stdout.write(json.dumps(result) + "\n")
-    return 0
+    table.add_row("ratio, pair by pair", shown(result))
+    return finish(table, result, as_json=asked.json)
 
 
 if __name__ == "__main__":

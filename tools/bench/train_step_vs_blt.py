@@ -12,12 +12,10 @@ bfloat16 products of the sizes of our matrices, one after the other.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import resource
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
+from common import cpu_seconds, finish, in_turn, ratios, shown
 from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -135,13 +133,6 @@ def our_step(shape: Shape, dtype: str) -> tuple[nn.Module, Step]:
 ARMS = {"ours": our_step, "theirs": their_step}
 
 
-def cpu_seconds(step: Step) -> float:
-    """Of one call."""
-    began = time.process_time()
-    step()
-    return time.process_time() - began
-
-
 def peak_growth(arm: str, shape: str, dtype: str) -> float:
     """MiB that three steps add to the peak of a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -196,13 +187,8 @@ def measure(name: str, dtype: str, steps: int) -> dict[str, Any]:
     models, made = {}, {}
     for arm, build in ARMS.items():
         models[arm], made[arm] = build(shape, dtype)
-    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    for number in range(WARM_UP + steps):
-        for arm in list(ARMS) if number % 2 else reversed(list(ARMS)):
-            taken = cpu_seconds(made[arm])
-            if number >= WARM_UP:
-                seconds[arm].append(taken)
-    ratios = [ours / theirs for ours, theirs in zip(seconds["ours"], seconds["theirs"], strict=True)]
+    arms = {arm: lambda _, step=step: cpu_seconds(step) for arm, step in made.items()}
+    seconds = in_turn(arms, steps, warm_up=WARM_UP)
     ours, theirs = (statistics.median(seconds[arm]) for arm in ("ours", "theirs"))
     flops = {arm: flops_of(step) for arm, step in made.items()}
     return {
@@ -210,9 +196,7 @@ def measure(name: str, dtype: str, steps: int) -> dict[str, Any]:
         "dtype": dtype,
         "ours_cpu_s": ours,
         "theirs_cpu_s": theirs,
-        "ratio": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
+        **ratios(seconds["ours"], seconds["theirs"]),
         "ours_gflops": flops["ours"] / ours / 1e9,
         "theirs_gflops": flops["theirs"] / theirs / 1e9,
         "matmul_gflops": matmul_gflops(models["ours"], made["ours"], dtype),
@@ -228,23 +212,23 @@ def measure(name: str, dtype: str, steps: int) -> dict[str, Any]:
 def table(cases: list[dict[str, Any]]) -> Table:
     """A row a case."""
     names = ("shape", "dtype", "parameters, M", "ours, ms", "BLT, ms", "ratio (min … max)", "GFLOP a step", "GFLOP/s")
-    shown = Table(
+    found = Table(
         *names, "of matmul peak", "peak, MiB", title="one training step, one thread: ours / transformers' BLT"
     )
     for case in cases:
-        shown.add_row(
+        found.add_row(
             case["shape"],
             case["dtype"],
             f"{case['ours_parameters'] / 1e6:.2f} / {case['theirs_parameters'] / 1e6:.2f}",
             f"{1e3 * case['ours_cpu_s']:.1f}",
             f"{1e3 * case['theirs_cpu_s']:.1f}",
-            f"{case['ratio']:.3f} ({case['ratio_min']:.3f} … {case['ratio_max']:.3f})",
+            shown(case),
             f"{case['ours_gflop']:.1f} / {case['theirs_gflop']:.1f}",
             f"{case['ours_gflops']:.0f} / {case['theirs_gflops']:.0f}",
             f"{case['ours_gflops'] / case['matmul_gflops']:.0%} of {case['matmul_gflops']:.0f}",
             f"{case['ours_peak_mib']:.0f} / {case['theirs_peak_mib']:.0f}",
         )
-    return shown
+    return found
 
 
 def main() -> int:
@@ -258,10 +242,7 @@ def main() -> int:
     settle(1)
     warnings.simplefilter("ignore")
     cases = [measure(shape, dtype, asked.steps) for shape in asked.shapes for dtype in asked.dtypes]
-    Console(width=190).print(table(cases))
-    if asked.json:
-        sys.stdout.write(json.dumps({"cases": cases}) + "\n")
-    return 0
+    return finish(table(cases), {"cases": cases}, as_json=asked.json, width=190)
 
 
 if __name__ == "__main__":
