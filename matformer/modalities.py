@@ -6,10 +6,12 @@ import math
 
 from matformer.coda.latent import LatentCoda
 from matformer.coda.text import TextCoda
+from matformer.coda.token import TokenCoda
 from matformer.config.schema import MediaConfig, ModelConfig, TextConfig
 from matformer.layers.ngrams import NgramSettings
 from matformer.preludio.latent import LatentPreludio
 from matformer.preludio.text import TextPreludio
+from matformer.preludio.token import TokenPreludio
 
 MAX_PATCH = 256  # rows of the place-in-patch table; data.patcher.max_patch_bytes may not exceed it
 
@@ -42,24 +44,49 @@ def ngram_settings(text: TextConfig, sizes: tuple[int, ...]) -> NgramSettings:
     return NgramSettings(sizes, rows=text.ngram_rows, gain=text.ngram_gain)
 
 
-def build_preludi(model: ModelConfig) -> dict[str, TextPreludio | LatentPreludio]:
-    """One Preludio a modality, text first."""
+def _text_preludio(model: ModelConfig) -> TextPreludio | TokenPreludio:
     text = model.text
-    preludi: dict[str, TextPreludio | LatentPreludio] = {
-        "text": TextPreludio(
-            text.width,
-            atto_width=model.atto.width,
-            heads=text.heads,
-            ffn_width=text.ffn_width,
-            layers=text.preludio_layers,
-            window=text.window,
-            rotary_base=text.rotary_base,
-            ngrams=ngram_settings(text, text.preludio_ngrams),
-            max_patch=MAX_PATCH if text.preludio_places else None,
-            pool=text.preludio_pool,
-            reads_begin=text.coda_input == "preludio",
-        )
-    }
+    if text.vocabulary is not None:
+        return TokenPreludio(text.vocabulary, atto_width=model.atto.width)
+    return TextPreludio(
+        text.width,
+        atto_width=model.atto.width,
+        heads=text.heads,
+        ffn_width=text.ffn_width,
+        layers=text.preludio_layers,
+        window=text.window,
+        rotary_base=text.rotary_base,
+        ngrams=ngram_settings(text, text.preludio_ngrams),
+        max_patch=MAX_PATCH if text.preludio_places else None,
+        pool=text.preludio_pool,
+        reads_begin=text.coda_input == "preludio",
+        diffused=model.diffuses_text,
+    )
+
+
+def _text_coda(model: ModelConfig) -> TextCoda | TokenCoda:
+    text = model.text
+    if text.vocabulary is not None:
+        return TokenCoda(text.vocabulary, atto_width=model.atto.width)
+    return TextCoda(
+        text.width,
+        atto_width=model.atto.width,
+        heads=text.heads,
+        ffn_width=text.ffn_width,
+        layers=text.coda_layers,
+        window=text.window,
+        rotary_base=text.rotary_base,
+        ngrams=ngram_settings(text, text.coda_ngrams),
+        embeds=text.coda_input == "embedding",
+        projects=text.coda_projection,
+        predicts_end=text.predicts_end,
+        diffused=model.diffuses_text,
+    )
+
+
+def build_preludi(model: ModelConfig) -> dict[str, TextPreludio | TokenPreludio | LatentPreludio]:
+    """One Preludio a modality, text first."""
+    preludi: dict[str, TextPreludio | TokenPreludio | LatentPreludio] = {"text": _text_preludio(model)}
     for name, media in model.media.items():
         preludi[name] = LatentPreludio(
             patch_variance(media),
@@ -70,24 +97,9 @@ def build_preludi(model: ModelConfig) -> dict[str, TextPreludio | LatentPreludio
     return preludi
 
 
-def build_code(model: ModelConfig) -> dict[str, TextCoda | LatentCoda]:
+def build_code(model: ModelConfig) -> dict[str, TextCoda | TokenCoda | LatentCoda]:
     """One Coda a modality, text first."""
-    text = model.text
-    code: dict[str, TextCoda | LatentCoda] = {
-        "text": TextCoda(
-            text.width,
-            atto_width=model.atto.width,
-            heads=text.heads,
-            ffn_width=text.ffn_width,
-            layers=text.coda_layers,
-            window=text.window,
-            rotary_base=text.rotary_base,
-            ngrams=ngram_settings(text, text.coda_ngrams),
-            embeds=text.coda_input == "embedding",
-            projects=text.coda_projection,
-            predicts_end=text.predicts_end,
-        )
-    }
+    code: dict[str, TextCoda | TokenCoda | LatentCoda] = {"text": _text_coda(model)}
     for name, media in model.media.items():
         code[name] = LatentCoda(
             patch_variance(media),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from matformer.atto.trunk import atto_view
@@ -72,10 +73,12 @@ class Matformer(nn.Module):
 
     def _embedded(self, batch: Batch) -> tuple[Float[Tensor, "B S H"], Float[Tensor, "U D"] | None]:
         """The Atto's input, and the Coda's for text where the Preludio makes it."""
-        text = self.preludi["text"]
-        assert isinstance(text, TextPreludio)
-        symbol_UD, input_UD = text.read(batch.text)
-        found = {"text": text.patches(symbol_UD, batch.text)}
+        text, input_UD = self.preludi["text"], None
+        if isinstance(text, TextPreludio):
+            symbol_UD, input_UD = text.read(batch.read)
+            found = {"text": text.patches(symbol_UD, batch.read)}
+        else:
+            found = {"text": text(batch.read)}
         found |= {name: self.preludi[name](batch.media[name]) for name in self.model_config.media}
         hidden_LH = self.start(batch.grid)
         for rows, slots in found.values():
@@ -84,8 +87,13 @@ class Matformer(nn.Module):
 
     def text_logits(
         self, latent_LH: Float[Tensor, "L H"], units: TextUnits, input_UD: Float[Tensor, "U D"] | None = None
-    ) -> Float[Tensor, "U V"]:
-        """Of every text symbol (see TextCoda). input_UD: the Coda's inputs, if the Preludio has made them already."""
+    ) -> Float[Tensor, "U V"] | Float[Tensor, "P T"]:
+        """Of every text symbol (see TextCoda), or piece of a vocabulary (see TokenCoda).
+
+        input_UD: the Coda's inputs, if the Preludio has made them already.
+        """
+        if self.model_config.text.vocabulary is not None:
+            return self.code["text"](latent_LH, units)
         if input_UD is None and self.model_config.text.coda_input == "preludio":
             text = self.preludi["text"]
             assert isinstance(text, TextPreludio)
@@ -97,8 +105,8 @@ class Matformer(nn.Module):
     ) -> Sums:
         """Losses (keys: modalities and "router") and what metrics need, each summed by document."""
         latent_LH = latents_BSH.flatten(0, 1)
-        nats = self._text_nats(latent_LH, batch.text, text_input_UD)
-        sums: Sums = {"text": segment_sum(nats, batch.text.document_U, num_segments=batch.num_documents)}
+        nats, document = self._text_nats(latent_LH, batch.text, text_input_UD)
+        sums: Sums = {"text": segment_sum(nats, document, num_segments=batch.num_documents)}
         for name in self.model_config.media:
             units = batch.media[name]
             errors = squared_error(self.code[name](latent_LH, units), units)
@@ -108,13 +116,18 @@ class Matformer(nn.Module):
 
     def _text_nats(
         self, latent_LH: Float[Tensor, "L H"], units: TextUnits, input_UD: Float[Tensor, "U D"] | None
-    ) -> Float[Tensor, " U"]:
-        """Of each symbol, and of its patch's end where that has to be said."""
-        logits_UV = self.text_logits(latent_LH, units, input_UD)
-        nats_U = symbol_nats(logits_UV[:, :NUM_TARGETS], units.symbol_U)
+    ) -> tuple[Float[Tensor, " terms"], Int[Tensor, " terms"]]:
+        """Of each symbol, and of its patch's end where that has to be said, or of each piece; and their documents."""
+        logits = self.text_logits(latent_LH, units, input_UD)
+        if self.model_config.text.vocabulary is not None:
+            first_P = F.pad(torch.bincount(units.patch_U).cumsum(0), (1, 0))[:-1]
+            return symbol_nats(logits, units.token_P), units.document_U[first_P]
+        nats_U = symbol_nats(logits[:, :NUM_TARGETS], units.symbol_U)
         if self.model_config.text.predicts_end:
-            nats_U = nats_U + end_nats(logits_UV[:, NUM_TARGETS:], units.symbol_U, units.patch_U)
-        return nats_U
+            nats_U = nats_U + end_nats(logits[:, NUM_TARGETS:], units.symbol_U, units.patch_U)
+        if self.model_config.diffuses_text:
+            nats_U = nats_U * units.weight_U
+        return nats_U, units.document_U
 
     def _routed(self, latent_LH: Float[Tensor, "L H"], batch: Batch) -> Sums:
         asked = batch.route

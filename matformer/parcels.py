@@ -60,6 +60,12 @@ class TextUnits:
     place: 0, 1, 2, ... inside the piece. piece: ascending from 0. patch: ascending from 0, one number a patch.
     slot: flat position b * S + s of each patch; the latent that decodes a patch stands at slot - 1.
     document: number of the document in the microbatch (0 .. num_documents - 1), for held-out sums.
+    token: the number of each patch where text is pieces of a vocabulary, else empty.
+
+    Under a diffusion objective a piece is one block's noised or clean copy, coda_input is what is seen of each
+    symbol (itself or `<mask>`), and the latent that decodes a patch stands at its own slot.
+    scored: whether a symbol counts (padding behind `<end>` does not). weight: of its nats in the loss; 1 under `ar`,
+    else 1 / p where it is masked and scored. header_slot, closing_slot: flat positions around diffused spans.
     """
 
     symbol_U: Int[Tensor, " U"]
@@ -69,6 +75,11 @@ class TextUnits:
     patch_U: Int[Tensor, " U"]
     document_U: Int[Tensor, " U"]
     slot_P: Int[Tensor, " P"]
+    token_P: Int[Tensor, " P"]
+    scored_U: Bool[Tensor, " U"]
+    weight_U: Float[Tensor, " U"]
+    header_slot_J: Int[Tensor, " J"]
+    closing_slot_J: Int[Tensor, " J"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +130,15 @@ class RouterUnits:
 class Batch:
     """One microbatch: what a rank's forward reads.
 
+    text: what the Coda decodes. read: what the Preludio reads: the same under `ar`, under a diffusion objective the
+    noised copies as they are seen, and after them the clean ones.
     num_bytes: raw bytes that the text symbols stand for (`<end>` is none): the divisor of bits per byte.
     num_documents: E, documents numbered over the microbatch; document_keys names them for reports ("source/key").
     """
 
     grid: Grid
     text: TextUnits
+    read: TextUnits
     media: Mapping[str, MediaUnits]
     route: RouterUnits
     num_bytes: int
@@ -139,13 +153,15 @@ class Batch:
             self,
             grid=_moved(self.grid, device),
             text=_moved(self.text, device),
+            read=_moved(self.read, device),
             media={name: _moved(units, device) for name, units in self.media.items()},
             route=_moved(self.route, device),
         )
 
     def counts(self) -> dict[str, float]:
         """How many terms each loss sums here, known before the forward: symbols, scalars of velocity, questions."""
-        counts = {"text": float(self.text.symbol_U.numel()), "router": float(self.route.slot_R.numel())}
+        symbols = self.text.token_P.numel() or int(self.text.scored_U.sum())
+        counts = {"text": float(symbols), "router": float(self.route.slot_R.numel())}
         for name, units in self.media.items():
             counts[name] = float(units.noised_row_Q.numel() * units.value_NF.shape[1])
         return counts

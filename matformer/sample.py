@@ -18,9 +18,9 @@ from matformer.config.schema import RunConfig
 from matformer.data.patching import build_patcher
 from matformer.data.sources import TextSpan, text_span
 from matformer.engine.continuation import AUTO, continue_rows
+from matformer.engine.draws import Draws, Row, Span
 from matformer.engine.media import MediaCodec, load_codec
 from matformer.engine.restore import load_for_inference
-from matformer.engine.samplers import Draws, Row, Span
 from matformer.errors import ConfigError, DataError, MatformerError
 from matformer.parallel.process import settle
 

@@ -27,6 +27,7 @@ from matformer.data.packing import Piece, Place, build_batch, draw_zeros, pack_b
 from matformer.data.patching import StaticPatcher
 from matformer.data.shards import ShardWriter
 from matformer.data.sources import Document, MediaSpan, Role, media_span, merge_spans
+from matformer.data.text_rows import with_masks
 from matformer.hosts.plain import PlainHost
 from matformer.model import Matformer
 from matformer.parcels import Batch
@@ -54,6 +55,18 @@ def as_blt(model: ModelConfig) -> ModelConfig:
     }
     atto = model.atto.model_dump() | {"qk_norm": False}
     return ModelConfig.model_validate(model.model_dump() | {"text": text, "atto": atto})
+
+
+def as_diffused(model: ModelConfig, objective: str) -> ModelConfig:
+    """The same sizes with text by filling in masks, in patches of 3 and blocks of two patches."""
+    text = model.text.model_dump() | {"objective": objective, "patch_bytes": 3, "block_patches": 2}
+    return ModelConfig.model_validate(model.model_dump() | {"text": text})
+
+
+def as_tokens(model: ModelConfig, vocabulary: int) -> ModelConfig:
+    """The same trunk with pieces of a vocabulary for text."""
+    text = model.text.model_dump() | {"vocabulary": vocabulary}
+    return ModelConfig.model_validate(model.model_dump() | {"text": text})
 
 
 def tiny_run(*, layers: int = 2, train: dict[str, Any] | None = None, **parallel: Any) -> RunConfig:
@@ -113,6 +126,12 @@ def packed(rows: Sequence[Sequence[Document]], *, length: int, time: float = 0.4
     pieces = [[Piece(document, Place(), Place(len(document.spans))) for document in row] for row in rows]
     batch = pack_batch(pieces, [draw_zeros] * len(rows), model=MODEL, sequence_latents=length)
     return with_noise(batch, time=time, seed=0, index=0)
+
+
+def masked_batch(documents: Sequence[Document], *, model: ModelConfig, number: int, length: int = LENGTH) -> Batch:
+    """Each document alone in a row, its text masked at stratum `number` of 16."""
+    batch = with_noise(build_batch(documents, model=model, sequence_latents=length), time=0.4, seed=0, index=0)
+    return with_masks(batch, number=number, draws=16, seed=0)
 
 
 def text_only(seed: int) -> Batch:

@@ -24,6 +24,8 @@ class TextCoda(Coda[TextUnits]):
     cross the pipeline, with hashed n-grams (BLT has them in the encoder alone), and reads one latent (as its H / D
     slots). `embeds` False: its inputs come from the Preludio. `projects`: a matrix stands before the slots.
     `predicts_end`: V more logits follow those of the V symbols, each of "its patch ends" if that symbol comes.
+    `diffused`: its inputs are the symbols with masks in them, it looks both ways inside the piece, and the latent of a
+    patch is the one at the patch itself.
     """
 
     def __init__(
@@ -40,8 +42,10 @@ class TextCoda(Coda[TextUnits]):
         embeds: bool,
         projects: bool,
         predicts_end: bool,
+        diffused: bool,
     ) -> None:
         super().__init__()
+        self.diffused = diffused
         self.heads, self.window, self.rotary_base, self.slots = heads, window, rotary_base, atto_width // width
         self.embedding = nn.Embedding(NUM_SYMBOLS, width) if embeds else None
         self.ngram_embedding = NgramEmbedding(width, ngrams) if embeds and ngrams.sizes else None
@@ -56,10 +60,10 @@ class TextCoda(Coda[TextUnits]):
     def forward(
         self, latent_LH: Float[Tensor, "L H"], units: TextUnits, input_UD: Float[Tensor, "U D"] | None = None
     ) -> Float[Tensor, "U V"]:
-        before_PH = latent_LH.index_select(0, units.slot_P - 1)
+        read_PH = latent_LH.index_select(0, units.slot_P if self.diffused else units.slot_P - 1)
         if self.projection is not None:
-            before_PH = self.projection(before_PH)
-        slot_PkD = self.latent_norm(before_PH.view(len(units.slot_P), self.slots, latent_LH.shape[1] // self.slots))
+            read_PH = self.projection(read_PH)
+        slot_PkD = self.latent_norm(read_PH.view(len(units.slot_P), self.slots, latent_LH.shape[1] // self.slots))
         x_UD = self._embedded(units) if input_UD is None else input_UD
         view = local_view(
             units.piece_U,
@@ -67,6 +71,7 @@ class TextCoda(Coda[TextUnits]):
             window=self.window,
             head_size=x_UD.shape[1] // self.heads,
             rotary_base=self.rotary_base,
+            both_ways=self.diffused,
         )
         for reader, block in zip(self.readers, self.blocks, strict=True):
             x_UD = block(x_UD + reader(x_UD, slot_PkD, units.patch_U), view)

@@ -91,19 +91,62 @@ def check_entropy(config: RunConfig) -> None:
         )
 
 
-def check_bpe(config: RunConfig) -> None:
-    """The bpe patcher needs its model; its boundaries depend on later bytes, so the Coda has to pay for them."""
+def check_pieces(config: RunConfig) -> None:
+    """The patchers of pieces need their model; boundaries of bpe depend on later bytes, so the Coda pays for them."""
     patcher, predicts = config.data.patcher, config.model.text.predicts_end
     bpe = patcher.kind == "bpe"
     _must(
-        not bpe or patcher.sentencepiece is not None,
-        "data.patcher.sentencepiece must be set for data.patcher.kind bpe, got none; "
+        patcher.kind not in ("bpe", "tokens") or patcher.sentencepiece is not None,
+        f"data.patcher.sentencepiece must be set for data.patcher.kind {patcher.kind}, got none; "
         "`python -m data_prep.train_sentencepiece` makes one, change data.patcher.sentencepiece",
     )
     _must(
         bpe == predicts,
         f"model.text.predicts_end must be true for data.patcher.kind bpe and false for the others, got "
         f"{str(predicts).lower()} for {patcher.kind}; change model.text.predicts_end",
+    )
+
+
+def check_tokens(config: RunConfig) -> None:
+    """A vocabulary stands for its patcher's pieces, and has no layer over bytes."""
+    patcher, text = config.data.patcher, config.model.text
+    _must(
+        (patcher.kind == "tokens") == (text.vocabulary is not None),
+        f"model.text.vocabulary must be set for data.patcher.kind tokens and for no other, got "
+        f"{text.vocabulary or 'none'} for {patcher.kind}; change model.text.vocabulary or data.patcher.kind",
+    )
+    _must(
+        text.vocabulary is None or text.coda_input == "embedding",
+        f"model.text.coda_input must be embedding where model.text.vocabulary is set, got {text.coda_input}; change "
+        "model.text.coda_input",
+    )
+
+
+def check_text_diffusion(config: RunConfig) -> None:
+    """Boundaries that come from clean text would tell what is masked."""
+    text, patcher = config.model.text, config.data.patcher
+    if text.objective == "ar":
+        return
+    _must(
+        patcher.kind == "static",
+        f"data.patcher.kind must be static for model.text.objective {text.objective} (other boundaries depend on "
+        f"masked bytes and would tell them), got {patcher.kind}; change data.patcher.kind or model.text.objective",
+    )
+    _must(
+        patcher.patch_bytes == text.patch_bytes,
+        f"model.text.patch_bytes must be data.patcher.patch_bytes for model.text.objective {text.objective}, got "
+        f"{text.patch_bytes} and {patcher.patch_bytes}; change model.text.patch_bytes",
+    )
+    _must(
+        text.coda_input == "embedding",
+        f"model.text.coda_input must be embedding for model.text.objective {text.objective}, got {text.coda_input}; "
+        "change model.text.coda_input",
+    )
+    needed = 3 + 2 * (1 if text.objective == "masked_diffusion" else text.block_patches)
+    _must(
+        needed <= config.data.sequence_latents,
+        f"data.sequence_latents must hold start, header, both copies of a block and closing, {needed} latents, for "
+        f"model.text.objective {text.objective}, got {config.data.sequence_latents}; change data.sequence_latents",
     )
 
 
@@ -263,7 +306,9 @@ RULES = (
     check_coda_input,
     check_patcher,
     check_entropy,
-    check_bpe,
+    check_pieces,
+    check_tokens,
+    check_text_diffusion,
     check_media_names,
     check_media_buckets,
     check_sequence,

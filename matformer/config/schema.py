@@ -37,8 +37,19 @@ class AttoConfig(Section):
 
 
 class TextConfig(Section):
-    """Preludio and Coda for bytes."""
+    """Preludio and Coda for text: bytes, or the pieces of a vocabulary."""
 
+    vocabulary: Positive | None = Field(
+        default=None,
+        description="for data.patcher.kind tokens: pieces of its model, a latent each, without any layer over bytes",
+    )
+    objective: Literal["ar", "masked_diffusion", "block_diffusion"] = Field(
+        default="ar", description="ar: the next symbol; masked_diffusion (LLaDA); block_diffusion (BD3-LM)"
+    )
+    patch_bytes: Positive = Field(
+        default=4, description="diffusion objectives: symbols of a patch; data.patcher.patch_bytes says the same"
+    )
+    block_patches: Positive = Field(default=4, description="block_diffusion: patches of a block")
     width: Positive = Field(description="D, width of a byte; divides atto.width")
     heads: Positive
     ffn_width: Positive
@@ -102,6 +113,11 @@ class ModelConfig(Section):
     media_context: Literal["clean_copy"] = "clean_copy"
 
     @property
+    def diffuses_text(self) -> bool:
+        """Whether text is learned by filling in what is masked, both ways."""
+        return self.text.objective != "ar"
+
+    @property
     def modalities(self) -> tuple[str, ...]:
         """Names in the order of their indices; text is 0."""
         return ("text", *self.media)
@@ -110,7 +126,7 @@ class ModelConfig(Section):
 class PatcherConfig(Section):
     """Where text patches begin."""
 
-    kind: Literal["static", "space", "entropy", "entropy_monotonic", "bpe"] = "static"
+    kind: Literal["static", "space", "entropy", "entropy_monotonic", "bpe", "tokens"] = "static"
     patch_bytes: Positive = Field(default=4, description="symbols of a static patch")
     max_patch_bytes: Positive = Field(default=16, description="longest patch of any patcher")
     threshold: float | None = Field(
@@ -121,7 +137,7 @@ class PatcherConfig(Section):
     entropy_model: str | None = Field(
         default=None, description="entropy kinds: folder of data_prep.train_entropy_model"
     )
-    sentencepiece: str | None = Field(default=None, description="bpe: file of data_prep.train_sentencepiece")
+    sentencepiece: str | None = Field(default=None, description="bpe, tokens: file of data_prep.train_sentencepiece")
 
 
 class SourceConfig(Section):

@@ -15,6 +15,7 @@ from matformer.data.packing import (
     Place,
     cut,
     document_positions,
+    draw_training_masks,
     draw_training_noise,
     draw_zeros,
     ended,
@@ -171,10 +172,10 @@ class Loader:
         return batches, {**state, "step": step + 1, "lanes": {**state["lanes"], **changed}}
 
     def _microbatch(self, step: int, lanes: Sequence[int]) -> Batch:
-        data = self.config.data
+        data, seed = self.config.data, self.config.seed
         draws = [
             draw_training_noise(
-                seed=self.config.seed,
+                seed=seed,
                 step=step,
                 lane=lane,
                 blind_probability=data.blind_probability,
@@ -182,8 +183,10 @@ class Loader:
             )
             for lane in lanes
         ]
+        abreast = self.config.train.global_batch
+        masks = [draw_training_masks(seed=seed, step=step, lane=lane, lanes=abreast) for lane in lanes]
         rows = [self._lanes[lane].next_sequence() for lane in lanes]
-        return pack_batch(rows, draws, model=self.config.model, sequence_latents=data.sequence_latents)
+        return pack_batch(rows, draws, masks=masks, model=self.config.model, sequence_latents=data.sequence_latents)
 
 
 def _alone() -> None:

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from matformer.config.schema import ModelConfig
 from matformer.data.sources import Document, MediaSpan, TextSpan
+from matformer.data.text_layout import Block, blocks_of, patches_that_fit, text_positions
+from matformer.data.text_rows import Mask, PaddedText, TextRows, joined, mask_at, symbols_of
 from matformer.errors import ParcelError
 from matformer.layers.patchify import patchify
 from matformer.parallel.seeds import draw_time, generator
-from matformer.parcels import Batch, Grid, Kind, MediaUnits, RouterUnits, TextUnits
-from matformer.shapes import BEGIN, END, NUM_AXES
+from matformer.parcels import Batch, Grid, Kind, MediaUnits, RouterUnits
+from matformer.shapes import NUM_AXES
 
 INSIDE_TEXT, AFTER_TEXT, OPEN = range(3)  # what a router's question may be answered with
 
@@ -47,6 +49,7 @@ class Noise(NamedTuple):
     epsilon: np.ndarray
 
 
+DrawMask = Callable[[str, int, int], Mask]  # (document key, span of the sequence, symbols) -> Mask
 DrawNoise = Callable[[str, int, tuple[int, int]], Noise]  # (document key, span of the sequence, (N, F)) -> Noise
 
 
@@ -67,9 +70,17 @@ def span_positions(document: Document, span: int, *, model: ModelConfig) -> int:
     """Positions that span number `span` of a document takes."""
     part = document.spans[span]
     if isinstance(part, TextSpan):
-        return len(part.patch_lengths)
+        return _text_positions(document, span, first=0, model=model)
     copies = (part.role == "generate") + has_clean_copy(document, span)
     return 2 + copies * num_patches(part, model=model)
+
+
+def _text_positions(document: Document, span: int, *, first: int, model: ModelConfig) -> int:
+    """Positions of a text span from patch `first` on."""
+    part = document.spans[span]
+    assert isinstance(part, TextSpan)
+    patches, followed = len(part.patch_lengths) - first, span + 1 < len(document.spans)
+    return text_positions(patches, model.text, given=max(0, part.given - first), followed=followed)
 
 
 def document_positions(document: Document, *, model: ModelConfig) -> int:
@@ -93,10 +104,16 @@ def cut(document: Document, first: Place, *, room: int, model: ModelConfig) -> t
     used, (span, patch) = 1, first
     while span < len(document.spans):
         part = document.spans[span]
-        size = span_positions(document, span, model=model) - patch
+        if isinstance(part, MediaSpan):
+            size = span_positions(document, span, model=model)
+        else:
+            size = _text_positions(document, span, first=patch, model=model)
         if used + size > room:
             if isinstance(part, TextSpan) and used < room:
-                patch, used = patch + room - used, room
+                left = len(part.patch_lengths) - patch
+                taken = patches_that_fit(room - used, model.text, patches=left)
+                patch += taken
+                used += text_positions(taken, model.text, given=0, followed=False) if taken else 0
             break
         span, patch, used = span + 1, 0, used + size
     if used == 1 or used > room:
@@ -121,6 +138,25 @@ def draw_training_noise(*, seed: int, step: int, lane: int, blind_probability: f
     return draw
 
 
+def draw_training_masks(*, seed: int, step: int, lane: int, lanes: int) -> DrawMask:
+    """Masks keyed as `draw_training_noise`; over the `lanes` of a global batch a block's times lie evenly in (0, 1).
+
+    Source: MDLM and BD3-LM, antithetic (low-discrepancy) times.
+    """
+
+    def draw(key: str, span: int, size: int) -> Mask:
+        shared = generator(seed, "mask time", step, span).random()
+        time = (shared + (lane % lanes) / lanes) % 1.0
+        return mask_at(time, generator(seed, "mask", step, lane, span).random(size))
+
+    return draw
+
+
+def draw_no_masks(key: str, span: int, size: int) -> Mask:
+    """Nothing is masked: for callers that put in their own (see `with_masks`)."""
+    return Mask(np.zeros(size, bool), 0.0)
+
+
 def draw_zeros(key: str, span: int, shape: tuple[int, int]) -> Noise:
     """No noise at t = 0: for callers that put in their own."""
     return Noise(False, 0.0, np.zeros(shape, np.float32))
@@ -132,14 +168,17 @@ def pack_batch(
     *,
     model: ModelConfig,
     sequence_latents: int,
+    masks: Sequence[DrawMask] | None = None,
 ) -> Batch:
     """The microbatch whose sequences hold these pieces, padded to `sequence_latents`; `draws` gives each row's noise.
 
+    `masks`: each row's masks of text, which only a diffusion objective asks for; without them nothing is masked.
     Raises ParcelError if a row does not fit.
     """
     builder = _Builder(model, num_rows=len(rows), length=sequence_latents)
-    for row, (pieces, draw) in enumerate(zip(rows, draws, strict=True)):
-        builder.begin_row(row, draw)
+    masks = masks or [draw_no_masks] * len(rows)
+    for row, (pieces, draw, mask) in enumerate(zip(rows, draws, masks, strict=True)):
+        builder.begin_row(row, draw, mask)
         for piece in pieces:
             builder.add(piece)
     return builder.batch()
@@ -180,16 +219,6 @@ def with_noise(batch: Batch, *, time: float, seed: int, index: int) -> Batch:
                 noise[rows] = torch.from_numpy(draws.standard_normal(shape, dtype=np.float32))
         media[name] = replace(units, noise_NF=noise, time_J=torch.where(generated, time, 0.0))
     return replace(batch, media=media)
-
-
-@dataclass(slots=True)
-class _Text:
-    symbols: list[np.ndarray] = field(default_factory=list)
-    lengths: list[np.ndarray] = field(default_factory=list)  # symbols of each patch
-    slots: list[np.ndarray] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)  # symbols of each piece
-    documents: list[int] = field(default_factory=list)  # of each piece
-    num_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -235,13 +264,13 @@ class _Builder:
         self.media_number = np.full(shape, -1, np.int64)
         self.blind = np.zeros(shape, bool)
         self.axes = np.zeros((*shape, NUM_AXES), np.int64)
-        self.text = _Text()
+        self.text, self.clean_text = TextRows(), TextRows()
         self.media = {name: _Media() for name in model.media}
         self.route = _Route()
         self.keys: dict[str, int] = {}
 
-    def begin_row(self, row: int, draw: DrawNoise) -> None:
-        self.row, self.draw = row, draw
+    def begin_row(self, row: int, draw: DrawNoise, mask: DrawMask) -> None:
+        self.row, self.draw, self.mask = row, draw, mask
         self.at = self.clock = self.pieces = self.spans = 0
 
     def add(self, piece: Piece) -> None:
@@ -271,33 +300,64 @@ class _Builder:
     def _text(self, piece: Piece, span: int, first: int, last: int) -> None:
         part = piece.document.spans[span]
         assert isinstance(part, TextSpan)
-        lengths, whole = part.patch_lengths, last == len(part.patch_lengths)
-        start = int(lengths[:first].sum())
-        patch_symbols = lengths[first:last]
-        size = int(patch_symbols.sum())
-        where = self._take(last - first, Kind.TEXT)
-        self.modality[self.row, where] = 0
-        self.axes[self.row, where, 0] = self._tick(last - first)
-        ends = whole and part.ended
-        self._text_units(part, start, size, patch_symbols=patch_symbols, where=where, ends=ends)
-        self._ask(where.start, 0, rule=INSIDE_TEXT, count=last - first - 1)
+        ends = last == len(part.patch_lengths) and part.ended
+        if self.model.diffuses_text:
+            at = self._diffused_text(piece, span, first, last)
+        else:
+            where = self._take(last - first, Kind.TEXT)
+            self.modality[self.row, where] = 0
+            self.axes[self.row, where, 0] = self._tick(last - first)
+            self.text.add(
+                symbols_of(part, first, last),
+                lengths=part.patch_lengths[first:last],
+                slots=self._slots(where),
+                document=self.number,
+                tokens=None if part.tokens is None else part.tokens[first:last],
+            )
+            self._ask(where.start, 0, rule=INSIDE_TEXT, count=last - first - 1)
+            at = where.stop - 1
         if ends and self._is_asked(piece, span):
             target, bucket = self._what_comes(piece, span + 1)
-            self._ask(where.stop - 1, target, rule=AFTER_TEXT, span_end=True, bucket=bucket)
+            self._ask(at, target, rule=AFTER_TEXT, span_end=True, bucket=bucket)
 
-    def _text_units(
-        self, part: TextSpan, start: int, size: int, *, patch_symbols: np.ndarray, where: slice, ends: bool
-    ) -> None:
-        symbols = np.full(size, END, np.int64)
-        num_bytes = size - ends
-        symbols[:num_bytes] = np.frombuffer(part.data, np.uint8, count=num_bytes, offset=start) if num_bytes else []
-        text = self.text
-        text.symbols.append(symbols)
-        text.lengths.append(patch_symbols)
-        text.slots.append(self._slots(where))
-        text.sizes.append(size)
-        text.documents.append(self.number)
-        text.num_bytes += num_bytes
+    def _diffused_text(self, piece: Piece, span: int, first: int, last: int) -> int:
+        """Header, the copies of each block, closing; where the closing stands."""
+        part = piece.document.spans[span]
+        assert isinstance(part, TextSpan)
+        text, begin = self.model.text, self.at
+        followed = last == len(part.patch_lengths) and span + 1 < len(piece.document.spans)
+        blocks = blocks_of(last - first, text, given=max(0, part.given - first), followed=followed)
+        padded = PaddedText(symbols_of(part, first, last), blocks, patch_bytes=text.patch_bytes)
+        header = self._take(1, Kind.HEADER)
+        self.axes[self.row, header, 0] = self._tick(1)
+        number = self.spans
+        for block in blocks:
+            self._text_block(piece, block, padded)
+        closing = self._take(1, Kind.CLOSING)
+        self.axes[self.row, closing, 0] = self._tick(1)
+        self.modality[self.row, begin : self.at] = 0
+        self.media_number[self.row, begin : self.at] = number
+        self.text.marks.append((self._slot(header.start), self._slot(closing.start)))
+        return closing.start
+
+    def _text_block(self, piece: Piece, block: Block, padded: PaddedText) -> None:
+        symbols, scored = padded.of(block)
+        lengths = np.full(block.size, self.model.text.patch_bytes)
+        clock, places = self._tick(block.size), np.zeros((block.size, NUM_AXES - 1), np.int64)
+        if block.noised:
+            where = self._copy(places, clock, kind=Kind.NOISED)
+            self.text.add(
+                symbols,
+                lengths=lengths,
+                slots=self._slots(where),
+                document=self.number,
+                scored=scored,
+                mask=self.mask(piece.document.key, self.spans, len(symbols)),
+            )
+        if block.clean:
+            where = self._copy(places, clock, kind=Kind.CLEAN)
+            self.clean_text.add(symbols, lengths=lengths, slots=self._slots(where), document=self.number)
+        self.spans += 1
 
     def _media(self, piece: Piece, span: int) -> None:
         part = piece.document.spans[span]
@@ -405,9 +465,11 @@ class _Builder:
                 )
             )
         )
+        text = self.text.parcel(diffused=self.model.diffuses_text)
         return Batch(
             grid=grid,
-            text=_text_parcel(self.text),
+            text=text,
+            read=self.text.and_clean(self.clean_text) if self.model.diffuses_text else text,
             media={name: self._media_parcel(name) for name in self.model.media},
             route=self._route_parcel(),
             num_bytes=self.text.num_bytes,
@@ -462,30 +524,8 @@ def patch_places(grid: Sequence[int], *, patch: int) -> Int[np.ndarray, "N 3"]:
     return places
 
 
-def _text_parcel(text: _Text) -> TextUnits:
-    symbol, lengths = _joined(text.symbols), _joined(text.lengths)
-    sizes = np.asarray(text.sizes, np.int64)
-    firsts = np.cumsum(sizes) - sizes
-    coda_input = torch.roll(symbol, 1)
-    coda_input[torch.from_numpy(firsts[sizes > 0])] = BEGIN
-    place = np.arange(len(symbol)) - np.repeat(firsts, sizes)
-    return TextUnits(
-        symbol_U=symbol,
-        coda_input_U=coda_input,
-        piece_U=torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)),
-        place_U=torch.from_numpy(place),
-        patch_U=torch.repeat_interleave(torch.arange(len(lengths)), lengths),
-        document_U=torch.from_numpy(np.repeat(np.asarray(text.documents, np.int64), sizes)),
-        slot_P=_joined(text.slots),
-    )
-
-
-def _joined(arrays: list[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.concatenate(arrays)).long() if arrays else torch.zeros(0, dtype=torch.int64)
-
-
 def _runs(firsts: list[tuple[int, int]], sizes: list[int]) -> tuple[Tensor, Tensor]:
     """Rows and slots of copies, from the first of each."""
     rows = [np.arange(row, row + size) for (row, _), size in zip(firsts, sizes, strict=True)]
     slots = [np.arange(slot, slot + size) for (_, slot), size in zip(firsts, sizes, strict=True)]
-    return _joined(rows), _joined(slots)
+    return joined(rows), joined(slots)

@@ -11,6 +11,7 @@ import numpy as np
 from matformer.config.schema import PatcherConfig
 from matformer.data.entropy import EntropyModel, ExactEntropy, entropies, input_symbols, load_entropy_model
 from matformer.data.pieces import Pieces, load_pieces
+from matformer.errors import ConfigError
 from matformer.shapes import END
 
 
@@ -37,6 +38,10 @@ class Patcher(ABC):
     @abstractmethod
     def lengths(self, symbols: np.ndarray) -> np.ndarray:
         """Patch lengths (int32, all positive) that sum to the number of symbols (bytes and, last, `<end>`)."""
+
+    def tokens(self, data: bytes, lengths: np.ndarray) -> np.ndarray | None:
+        """The number of each patch (int64) where a patch is a piece of a vocabulary; `lengths` may include `<end>`."""
+        return None
 
     @abstractmethod
     def boundary(self) -> Boundary:
@@ -190,6 +195,29 @@ class BpePatcher(Patcher):
         return {"kind": "bpe", "max_patch_bytes": self.max_patch_bytes, "pieces": self.pieces.fingerprint}
 
 
+class TokenPatcher(BpePatcher):
+    """A patch is a piece, and what stands for it is the piece's number. `<end>` has the number after the last piece."""
+
+    def __init__(self, pieces: Pieces, *, max_patch_bytes: int) -> None:
+        longest = max(map(len, pieces.number_of))
+        if longest > max_patch_bytes:
+            raise ConfigError(
+                f"data.patcher.max_patch_bytes must be at least the longest piece for data.patcher.kind tokens, got "
+                f"{max_patch_bytes} and a piece of {longest} bytes; change data.patcher.max_patch_bytes"
+            )
+        super().__init__(pieces, max_patch_bytes=max_patch_bytes)
+
+    def tokens(self, data: bytes, lengths: np.ndarray) -> np.ndarray:
+        """See Patcher."""
+        numbers, ends = self.pieces.number_of, np.cumsum(lengths).tolist()
+        found = [numbers[data[first:last]] for first, last in zip([0, *ends], ends, strict=False) if last <= len(data)]
+        return np.array(found + [len(self.pieces)] * (len(lengths) - len(found)), np.int64)
+
+    def identity(self) -> dict[str, Any]:
+        """See Patcher."""
+        return {**super().identity(), "kind": "tokens"}
+
+
 _MARGIN = 1e-3
 """Nats within which a difference of entropies in float32 is not trusted: its error is about a hundredth of this."""
 
@@ -246,15 +274,25 @@ class _SpaceBoundary(_Bounded):
         return here
 
 
-def build_patcher(config: PatcherConfig) -> Patcher:
-    """The patcher that a config names. Raises DataError if its model cannot be read."""
+def build_patcher(config: PatcherConfig, *, vocabulary: int | None = None) -> Patcher:
+    """The patcher that a config names. Raises DataError if its model cannot be read, ConfigError if it does not fit.
+
+    vocabulary: what the model takes the number of pieces to be, if they are its symbols.
+    """
     if config.kind == "static":
         return StaticPatcher(min(config.patch_bytes, config.max_patch_bytes))
     if config.kind == "space":
         return SpacePatcher(config.max_patch_bytes)
-    if config.kind == "bpe":
+    if config.kind in ("bpe", "tokens"):
         assert config.sentencepiece is not None, "the config's check asks for it"
-        return BpePatcher(load_pieces(Path(config.sentencepiece)), max_patch_bytes=config.max_patch_bytes)
+        pieces = load_pieces(Path(config.sentencepiece))
+        if vocabulary not in (None, len(pieces)):
+            raise ConfigError(
+                f"model.text.vocabulary must be the number of pieces of data.patcher.sentencepiece "
+                f"{config.sentencepiece}, {len(pieces)}, got {vocabulary}; change model.text.vocabulary"
+            )
+        build = BpePatcher if config.kind == "bpe" else TokenPatcher
+        return build(pieces, max_patch_bytes=config.max_patch_bytes)
     assert config.threshold is not None and config.entropy_model is not None, "the config's check asks for both"
     return EntropyPatcher(
         load_entropy_model(Path(config.entropy_model)),

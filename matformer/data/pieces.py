@@ -6,6 +6,7 @@ import hashlib
 import io
 import re
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,12 @@ class Pieces:
     def lengths(self, data: bytes) -> Int[np.ndarray, " pieces"]:
         """How many bytes each piece holds."""
         return np.array([len(piece) for piece in self.processor.encode(as_text(data), out_type=str)], np.int32)
+
+    @cached_property
+    def number_of(self) -> dict[bytes, int]:
+        """The number of each piece's bytes; sentencepiece's own sign for the unknown stands for none."""
+        numbers = (number for number in range(len(self)) if number != self.processor.unk_id())
+        return {as_bytes(self.processor.id_to_piece(number)): number for number in numbers}
 
     def decode(self, ids: Iterable[int]) -> bytes:
         """The bytes of pieces."""

@@ -28,11 +28,15 @@ class TextSpan:
     """Bytes and how they are cut: patch lengths sum to the bytes and `<end>`.
 
     A span that is not ended (a prompt to be continued) has no `<end>`; it may only be the last of its document.
+    tokens: the patches' numbers, where the patcher has a vocabulary.
+    given: so many patches at its head stand clean alone, under diffusion objectives; the others are generated.
     """
 
     data: bytes
     patch_lengths: np.ndarray
     ended: bool = True
+    tokens: np.ndarray | None = None
+    given: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,7 +59,12 @@ class Document:
 
 def text_span(data: bytes, patcher: Patcher, *, ended: bool = True) -> TextSpan:
     """A text span cut by `patcher`."""
-    return TextSpan(data, patcher.lengths(text_symbols(data, ended=ended)), ended)
+    return cut_span(data, patcher.lengths(text_symbols(data, ended=ended)), patcher, ended=ended)
+
+
+def cut_span(data: bytes, lengths: np.ndarray, patcher: Patcher, *, ended: bool = True) -> TextSpan:
+    """A text span that `patcher` has cut before."""
+    return TextSpan(data, lengths, ended, patcher.tokens(data, lengths))
 
 
 def media_span(latent: np.ndarray, modality: str, *, media: MediaConfig, role: Role) -> MediaSpan:
@@ -92,7 +101,7 @@ class Source(ABC):
         self.name = name
         self.config = config
         self.model = model
-        self.patcher = build_patcher(data.patcher)
+        self.patcher = build_patcher(data.patcher, vocabulary=model.text.vocabulary)
         self.reader = ShardReader(Path(data.root) / config.path / split)
         form = self.reader.manifest["form"]
         if form != config.form:
@@ -153,7 +162,7 @@ class TextSource(Source):
             raise DataError(
                 f"patch lengths of {key} must sum to {len(data) + 1}, got {lengths.sum()}; prepare it again"
             )
-        return Document(key, (TextSpan(data, lengths),))
+        return Document(key, (cut_span(data, lengths, self.patcher),))
 
     def describe(self, index: int) -> dict[str, Any]:
         """See Source."""

@@ -12,16 +12,11 @@ from torch import Tensor
 from matformer.config.schema import RunConfig
 from matformer.data.packing import build_batch, document_positions
 from matformer.data.sources import Document, TextSpan
-from matformer.engine.samplers import (
-    Draws,
-    Row,
-    Span,
-    dice_of,
-    draw_answer,
-    draw_media,
-    given_media,
-    write_texts,
-)
+from matformer.data.text_layout import text_positions
+from matformer.engine.denoiser import draw_media
+from matformer.engine.draws import Draws, Row, Span, dice_of, draw_answer, given
+from matformer.engine.text_writer import write_texts
+from matformer.engine.unmask import fill_texts
 from matformer.errors import ParcelError
 from matformer.modalities import patches_of_bucket
 from matformer.model import Matformer
@@ -100,7 +95,8 @@ def _add(
 ) -> None:
     rows = [row for row, _ in chosen]
     if modality == "text":
-        spans: Sequence[Span] = write_texts(model, rows, config=config, draws=draws)
+        make = fill_texts if config.model.diffuses_text else write_texts
+        spans: Sequence[Span] = make(model, rows, config=config, draws=draws)
     else:
         buckets = [bucket for _, bucket in chosen]
         spans = draw_media(model, rows, modality=modality, buckets=buckets, config=config, draws=draws)
@@ -116,14 +112,15 @@ def _goes_on(row: Row, answer: Answer) -> bool:
 
 def _fitting(row: Row, *, config: RunConfig) -> dict[str, list[bool]]:
     """Which shape buckets of each modality fit behind the row (text: one patch)."""
-    used = document_positions(Document("", given_media(row.spans)), model=config.model)
+    used = document_positions(Document("", given(row.spans)), model=config.model)
     room = config.data.sequence_latents - used
     media = config.model.media
     fits = {
         name: [2 + patches_of_bucket(one, bucket) <= room for bucket in range(len(one.buckets))]
         for name, one in media.items()
     }
-    return {"text": [room >= 1], **fits}
+    one_patch = text_positions(1, config.model.text, given=0, followed=False)
+    return {"text": [room >= one_patch], **fits}
 
 
 def _legal(row: Row, fits: dict[str, list[bool]], *, want: str, names: Sequence[str]) -> list[bool]:
@@ -145,9 +142,9 @@ def _questions(sizes: Sequence[int], length: int, *, legal: Tensor) -> RouterUni
 
 
 def _heard(spans: Sequence[Span]) -> tuple[Span, ...]:
-    """As `given_media`, but a media span made last keeps its layout of the end of a document, without a clean copy.
+    """As `given`, but a media span made last keeps its layout of the end of a document, without a clean copy.
 
     In training a generated span has a clean copy only where something follows: with one, the router would never say
     that the document ends.
     """
-    return (*given_media(spans[:-1]), *spans[-1:])
+    return (*given(spans[:-1]), *spans[-1:])

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from matformer.data.loader import heldout_batches, pack_documents
 from matformer.data.mixture import BadSamples, Mixture
 from matformer.data.packing import document_positions, with_noise
 from matformer.data.sources import Document, Stream, open_source
+from matformer.data.text_rows import with_masks
 from matformer.engine.baselines import TIMES, Baselines, compute_baselines, ratio
 from matformer.engine.document_sums import Documents, document_sums, gather_documents, velocity_scalars
 from matformer.engine.paired import caption_gain
@@ -30,6 +32,8 @@ log = logging.getLogger(__name__)
 ROUTER_DOCUMENTS_A_SPAN = 2
 """Documents of the router's mixture for each of eval.media_spans; a text document has one question that counts."""
 NOISE_SEED = 0
+MASK_DRAWS = 16
+"""Strata of t over which the bound of a text under a diffusion objective is averaged."""
 EVERY_BYTE = 2**62
 
 
@@ -52,9 +56,12 @@ class HeldOut:
         tables = self._tables
         found: dict[str, float] = {}
         for (part, table), sums in zip(tables.items(), document_sums(host, list(tables.values())), strict=True):
-            score = {"text": _text_numbers, "router": _router_numbers}.get(part)
-            found |= score(table, sums) if score else _media_numbers(table, sums, modality=part)
-            found |= _below(table, sums, part=part, rivals=rivals) if rivals else {}
+            if part == "router":
+                found |= _router_numbers(table, sums)
+                continue
+            score = _scored(table, sums, part=part, config=self.config)
+            found |= _named(f"heldout/{part}/{'bits_per_byte' if part == 'text' else 'flow_loss'}", *score[:2])
+            found |= _below(table, score, part=part, rivals=rivals) if rivals else {}
         if full and self.config.eval.media_spans and self.config.eval.captioned_spans:
             for modality in self.config.model.media:
                 spans = self.config.eval.captioned_spans
@@ -130,6 +137,9 @@ def _tables(config: RunConfig) -> Iterator[tuple[str, Documents]]:
         texts = [name for name, source in sources.items() if source.form == "text"]
         batches = [batch for name in texts for batch in heldout_batches(config, name, max_bytes=asked.text_bytes)]
         if batches:
+            if config.model.diffuses_text:
+                numbers = range(MASK_DRAWS)
+                batches = [with_masks(b, number=k, draws=MASK_DRAWS, seed=NOISE_SEED) for b in batches for k in numbers]
             yield "text", gather_documents(batches, num_rows=rows)
     if not asked.media_spans:
         return
@@ -153,29 +163,33 @@ def _mixed(config: RunConfig, num_documents: int) -> list[Document]:
     return [mixture.next(lambda one: document_positions(one, model=model))[2] for _ in range(num_documents)]
 
 
-def _text_numbers(table: Documents, sums: dict[str, np.ndarray]) -> dict[str, float]:
-    return _named("heldout/text/bits_per_byte", *_score(table, sums, part="text"))
+class _Score(NamedTuple):
+    """Of each document: bits and bytes of text, or squared errors and scalars of media; each counted `times` over."""
+
+    losses: np.ndarray
+    sizes: np.ndarray
+    times: int
 
 
-def _media_numbers(table: Documents, sums: dict[str, np.ndarray], *, modality: str) -> dict[str, float]:
-    return _named(f"heldout/{modality}/flow_loss", *_score(table, sums, part=modality))
+def _scored(table: Documents, sums: dict[str, np.ndarray], *, part: str, config: RunConfig) -> _Score:
+    if part != "text":
+        return _Score(sums[part], table.count(lambda batch: velocity_scalars(batch, part)), len(TIMES))
+    bits = sums["text"] / math.log(2)
+    num_bytes = table.count(lambda b: (b.text.document_U, b.text.symbol_U != END))
+    if config.model.text.objective == "masked_diffusion":  # the layout tells how many patches there are: paid for here
+        pieces = table.count(
+            lambda b: (b.text.document_U[b.text.place_U == 0], b.text.place_U[b.text.place_U == 0] + 1)
+        )
+        bits = bits + pieces * math.log2(config.data.sequence_latents)
+    return _Score(bits, num_bytes, MASK_DRAWS if config.model.diffuses_text else 1)
 
 
-def _score(table: Documents, sums: dict[str, np.ndarray], *, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """Of each document: bits and bytes of text, or squared errors and scalars of media."""
-    if part == "text":
-        return sums["text"] / math.log(2), table.count(lambda b: (b.text.document_U, b.text.symbol_U != END))
-    return sums[part], table.count(lambda batch: velocity_scalars(batch, part))
-
-
-def _below(table: Documents, sums: dict[str, np.ndarray], *, part: str, rivals: Baselines) -> dict[str, float]:
+def _below(table: Documents, score: _Score, *, part: str, rivals: Baselines) -> dict[str, float]:
     """A rival's loss less ours on each document that both scored; what a document is like drops out of the error."""
+    ours, sizes, times = score
     found: dict[str, float] = {}
     for name, totals in rivals.totals.items():
         if name.startswith(f"{part}/"):
-            ours, sizes = _score(table, sums, part=part)
-            # the flow loss counts a scalar once at every noise level, a rival's total is already their mean
-            times = 1 if part == "text" else len(TIMES)
             theirs = np.array([totals[key] for key in table.keys]) * times
             found |= _named(f"heldout/{part}/below_{name.split('/')[1]}", theirs - ours, sizes)
     return found

@@ -22,10 +22,10 @@ from matformer.config.schema import RunConfig
 from matformer.data.loader import Loader
 from matformer.data.sources import Document, MediaSpan, Source, TextSpan, open_source
 from matformer.engine.continuation import continue_rows
+from matformer.engine.draws import Draws, Row
 from matformer.engine.folder import RunFolder, State
 from matformer.engine.media import MediaCodec, load_codec
 from matformer.engine.restore import load_for_inference
-from matformer.engine.samplers import Draws, Row
 from matformer.model import Matformer
 from matformer.parallel.seeds import Permutation
 from matformer.parcels import Batch, Kind

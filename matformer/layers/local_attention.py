@@ -1,4 +1,4 @@
-"""Causal attention inside a window over one long row of symbols: memory linear in their number.
+"""Attention inside a window over one long row of symbols, causal or both ways: memory linear in their number.
 
 The row holds many pieces, one after the other. It is folded into chunks; a query sees its own chunk and as many before
 it as a window reaches back, so that no window is ever missed and no matrix over all symbols exists. A window of up to
@@ -9,6 +9,8 @@ LONGEST_CHUNK symbols is a chunk, and one chunk before it is enough:
     query 1      . . x x             x x . .
     query 2      . . . x             x x x .
     query 3      . . . .             x x x x          (W = 4, one piece)
+
+Both ways, as many chunks after it are seen as before it.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ class LocalView:
     visible_CWT: Bool[Tensor, "C W T"]
     rotary: Rotary
     chunks_back: int
+    chunks_ahead: int
 
 
 def local_view(
@@ -43,8 +46,9 @@ def local_view(
     window: int,
     head_size: int,
     rotary_base: float = 10_000.0,
+    both_ways: bool = False,
 ) -> LocalView:
-    """A symbol sees itself and the window - 1 symbols before it, inside its own piece.
+    """A symbol sees itself and the window - 1 symbols before it, inside its own piece; `both_ways`: and after it.
 
     An empty row gives one chunk of padding, so that every layer runs and every weight has a gradient.
     """
@@ -54,18 +58,22 @@ def local_view(
     missing = num_chunks * chunk - piece_U.numel()
     piece = F.pad(piece_U, (0, missing), value=-1).view(num_chunks, chunk)
     place = torch.arange(num_chunks * chunk, device=piece_U.device).view(num_chunks, chunk)
-    keys_piece, keys_place = (_with_previous(x, count=chunks_back, fill=-2) for x in (piece, place))
+    chunks_ahead = chunks_back if both_ways else 0
+    keys_piece, keys_place = (
+        _with_neighbours(x, back=chunks_back, ahead=chunks_ahead, fill=-2) for x in (piece, place)
+    )
     distance = place[:, :, None] - keys_place[:, None, :]
-    visible = (piece[:, :, None] == keys_piece[:, None, :]) & (distance >= 0) & (distance < window)
+    within = distance.abs() < window if both_ways else (distance >= 0) & (distance < window)
+    visible = (piece[:, :, None] == keys_piece[:, None, :]) & within
     rotary = rotary_tables(place_U[:, None], pairs=(head_size // 2,), bases=(rotary_base,))
-    return LocalView(visible, rotary, chunks_back)
+    return LocalView(visible, rotary, chunks_back, chunks_ahead)
 
 
-def _with_previous(x_CW: Tensor, *, count: int, fill: int) -> Tensor:
-    """Each chunk behind the `count` chunks before it: `[C, W, ...] -> [C, (count + 1) W, ...]`."""
-    outside = x_CW.new_full((count, *x_CW.shape[1:]), fill)
-    row = torch.cat((outside, x_CW))
-    return torch.cat([row[first : first + len(x_CW)] for first in range(count + 1)], dim=1)
+def _with_neighbours(x_CW: Tensor, *, back: int, ahead: int, fill: int) -> Tensor:
+    """Each chunk between the chunks before and after it: `[C, W, ...] -> [C, (back + 1 + ahead) W, ...]`."""
+    before, after = (x_CW.new_full((count, *x_CW.shape[1:]), fill) for count in (back, ahead))
+    row = torch.cat((before, x_CW, after))
+    return torch.cat([row[first : first + len(x_CW)] for first in range(back + 1 + ahead)], dim=1)
 
 
 class LocalAttention(nn.Module):
@@ -88,8 +96,8 @@ class LocalAttention(nn.Module):
         )
         out = F.scaled_dot_product_attention(
             query.transpose(1, 2),
-            _with_previous(key, count=view.chunks_back, fill=0).transpose(1, 2),
-            _with_previous(value, count=view.chunks_back, fill=0).transpose(1, 2),
+            _with_neighbours(key, back=view.chunks_back, ahead=view.chunks_ahead, fill=0).transpose(1, 2),
+            _with_neighbours(value, back=view.chunks_back, ahead=view.chunks_ahead, fill=0).transpose(1, 2),
             attn_mask=view.visible_CWT[:, None],
         )
         return self.output(out.transpose(1, 2).reshape(num_chunks * window, width)[:num_units])

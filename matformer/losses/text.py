@@ -1,4 +1,4 @@
-"""Text: cross-entropy in nats."""
+"""Text: cross-entropy in nats, of symbols or of a vocabulary's pieces."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matformer.shapes import END
 
 
 def symbol_nats(logits_UV: Float[Tensor, "U V"], target_U: Int[Tensor, " U"]) -> Float[Tensor, " U"]:
-    """-ln p(symbol), one number a symbol, in float32. Bits per byte = sum / (ln 2 * raw bytes)."""
+    """-ln p(symbol or piece), one number each, in float32. Bits per byte = sum / (ln 2 * raw bytes)."""
     return F.cross_entropy(at_least_float32(logits_UV), target_U, reduction="none")
 
 

@@ -25,7 +25,8 @@ class TextPreludio(Preludio[TextUnits]):
     Source: BLT, section 3.2 (local encoder). By default ours averages instead of taking the maximum for the first
     query and tells each symbol its place in the patch; it never pads to the longest patch. `max_patch` None tells no
     places. `reads_begin`: the row of a piece opens with `<begin>`, as the Coda's does, so that `read` can hand the
-    Coda its inputs; n-grams then hash BLT's numbers of the symbols.
+    Coda its inputs; n-grams then hash BLT's numbers of the symbols. `diffused`: symbols look both ways inside their
+    piece, and a header and a closing stand around each span.
     """
 
     def __init__(
@@ -42,9 +43,11 @@ class TextPreludio(Preludio[TextUnits]):
         ngrams: NgramSettings,
         pool: Literal["mean", "max"],
         reads_begin: bool,
+        diffused: bool,
     ) -> None:
         super().__init__()
         self.heads, self.window, self.rotary_base, self.reads_begin = heads, window, rotary_base, reads_begin
+        self.mark_embedding = nn.Embedding(2, atto_width) if diffused else None  # header, closing
         self.embedding = nn.Embedding(NUM_SYMBOLS, width)
         self.ngram_embedding = NgramEmbedding(width, ngrams) if ngrams.sizes else None
         self.place_embedding = nn.Embedding(max_patch, width) if max_patch else None
@@ -56,7 +59,12 @@ class TextPreludio(Preludio[TextUnits]):
 
     def patches(self, x_UD: Float[Tensor, "U D"], units: TextUnits) -> tuple[Float[Tensor, "P H"], Int[Tensor, " P"]]:
         """The latents of symbols that were read, and where they go."""
-        return self.pool(x_UD, units.patch_U, units.slot_P.numel()), units.slot_P
+        latent_PH = self.pool(x_UD, units.patch_U, units.slot_P.numel())
+        if self.mark_embedding is None:
+            return latent_PH, units.slot_P
+        marks = (units.header_slot_J, units.closing_slot_J)
+        mark = torch.cat([torch.full_like(slot_J, number) for number, slot_J in enumerate(marks)])
+        return torch.cat((latent_PH, self.mark_embedding(mark))), torch.cat((units.slot_P, *marks))
 
     def read(self, units: TextUnits) -> tuple[Float[Tensor, "U D"], Float[Tensor, "U D"] | None]:
         """Every symbol after the local layers, and the same of every Coda input where the Preludio reads `<begin>`."""
@@ -106,6 +114,7 @@ class TextPreludio(Preludio[TextUnits]):
             window=self.window,
             head_size=x_UD.shape[1] // self.heads,
             rotary_base=self.rotary_base,
+            both_ways=self.mark_embedding is not None,
         )
         for block in self.blocks:
             x_UD = block(x_UD, view)

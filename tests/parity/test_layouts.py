@@ -19,9 +19,11 @@ from matformer.data.sources import MediaSpan
 from matformer.parcels import Batch
 from tests.made import (
     as_blt,
+    as_diffused,
     audio,
     document,
     image,
+    masked_batch,
     mixed_documents,
     one_a_row,
     text_only,
@@ -125,6 +127,26 @@ def test_blts_byte_path_and_a_trunk_without_qk_norms_give_the_same_too(name: str
     config, plain = (run.model_copy(update={"model": as_blt(run.model)}) for run in (config, plain))
     trained = world(config.parallel.ranks).run(cases.train_ranks, config, mixed_steps())
     assert_same_run(trained, cases.train_plain(plain, mixed_steps()))
+
+
+@pytest.mark.parametrize("objective", ["masked_diffusion", "block_diffusion"])
+@pytest.mark.parametrize("name", ["pp2", "tp2 dp2 zero3"])
+def test_diffused_text_is_the_same_run_too(name: str, objective: str, world: World) -> None:
+    config, plain = run_of(name), tiny_run(layers=LAYERS)
+    config, plain = (run.model_copy(update={"model": as_diffused(run.model, objective)}) for run in (config, plain))
+    steps = [
+        [
+            masked_batch(
+                [document(f"m{step}.{i}", b"some text %d" % i, image(i), b"after"), document(f"n{step}.{i}", b"alone")],
+                model=plain.model,
+                number=4 * i + step,
+            )
+            for i in range(4)
+        ]
+        for step in range(3)
+    ]
+    trained = world(config.parallel.ranks).run(cases.train_ranks, config, steps)
+    assert_same_run(trained, cases.train_plain(plain, steps))
 
 
 @pytest.mark.parametrize("name", ["tp2", "pp2", "dp2 zero2", "dp2 zero3"])

@@ -21,7 +21,7 @@ def pieces(sizes: list[int]) -> tuple[Tensor, Tensor]:
     return piece, torch.cat([torch.arange(size) for size in sizes])
 
 
-def dense(attention: LocalAttention, x_UD: Tensor, sizes: list[int], *, window: int) -> Tensor:
+def dense(attention: LocalAttention, x_UD: Tensor, sizes: list[int], *, window: int, both_ways: bool) -> Tensor:
     """The same weights, a full matrix with a band for each piece, and rotary positions by complex numbers."""
     piece, place = pieces(sizes)
     query, key, value = attention.query_key_value(x_UD).view(len(x_UD), 3, HEADS, -1).unbind(1)
@@ -34,26 +34,28 @@ def dense(attention: LocalAttention, x_UD: Tensor, sizes: list[int], *, window: 
         return torch.cat((y.real, y.imag), -1)
 
     distance = torch.arange(len(x_UD))[:, None] - torch.arange(len(x_UD))
-    band = (piece[:, None] == piece) & (distance >= 0) & (distance < window)
+    band = (piece[:, None] == piece) & (distance.abs() < window)
+    band = band if both_ways else band & (distance >= 0)
     query, key, value = (x.transpose(0, 1) for x in (turned(query), turned(key), value))
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=band)
     return attention.output(out.transpose(0, 1).flatten(1))
 
 
+@pytest.mark.parametrize("both_ways", [False, True])
 @pytest.mark.parametrize("chunk", [64, 3])
 @pytest.mark.parametrize("window", [1, 4, 5, 7, 64])
 @pytest.mark.parametrize("sizes", [[1], [4], [13], [3, 9, 1, 6], [8, 8], [2, 30, 5]])
 def test_local_attention_is_dense_attention_with_a_band_for_each_piece(
-    sizes: list[int], window: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+    sizes: list[int], window: int, chunk: int, both_ways: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """chunk 3: windows that reach over one, two or all chunks before."""
+    """chunk 3: windows that reach over one, two or all chunks before, and after."""
     monkeypatch.setattr(local_attention, "LONGEST_CHUNK", chunk)
     torch.manual_seed(0)
     attention = LocalAttention(WIDTH, HEADS).double()
     x = torch.randn(sum(sizes), WIDTH, dtype=torch.float64, requires_grad=True)
     piece, place = pieces(sizes)
-    got = attention(x, local_view(piece, place, window=window, head_size=WIDTH // HEADS))
-    expected = dense(attention, x, sizes, window=window)
+    got = attention(x, local_view(piece, place, window=window, head_size=WIDTH // HEADS, both_ways=both_ways))
+    expected = dense(attention, x, sizes, window=window, both_ways=both_ways)
     torch.testing.assert_close(got, expected, rtol=0, atol=SAME_SUM[torch.float64])
     weight = torch.randn_like(got)
     seen, wanted = (torch.autograd.grad((y * weight).sum(), x)[0] for y in (got, expected))

@@ -30,18 +30,9 @@ from matformer.data.patching import build_patcher, text_symbols
 from matformer.data.pieces import train_pieces
 from matformer.data.sources import Document, MediaSpan, TextSpan, media_span, text_span
 from matformer.engine.continuation import ask, continue_rows
-from matformer.engine.samplers import (
-    Draws,
-    Row,
-    Solver,
-    TextWriter,
-    denoise,
-    denoising_batch,
-    draw_answer,
-    draw_media,
-    guided_velocity,
-    write_texts,
-)
+from matformer.engine.denoiser import denoise, denoising_batch, draw_media, guided_velocity
+from matformer.engine.draws import Draws, Row, Solver, draw_answer
+from matformer.engine.text_writer import TextWriter, write_texts
 from matformer.errors import ParcelError
 from matformer.hosts.plain import PlainHost
 from matformer.layers.flow import noised_rows
@@ -105,6 +96,49 @@ def bpe_config(folder: Path) -> RunConfig:
             "model": run.model.model_copy(update={"text": text}),
         }
     )
+
+
+def token_config(folder: Path) -> RunConfig:
+    """A latent is a piece of a small vocabulary."""
+    run = bpe_config(folder)
+    patcher = run.data.patcher.model_copy(update={"kind": "tokens"})
+    text = run.model.text.model_copy(update={"predicts_end": False, "vocabulary": 264})
+    return run.model_copy(
+        update={
+            "data": run.data.model_copy(update={"patcher": patcher}),
+            "model": run.model.model_copy(update={"text": text}),
+        }
+    )
+
+
+def test_logits_of_pieces_in_generation_are_those_of_the_whole_document(tmp_path: Path) -> None:
+    run = token_config(tmp_path)
+    model, patcher = random_model(run), build_patcher(run.data.patcher, vocabulary=264)
+    data = [b"aa aaa ab abc b", arbitrary_bytes(24, seed=3), b"abc" * 6]
+    spans = [text_span(one, patcher) for one in data]
+    rows = [Row(0), Row(1, spans=(given_image(),)), Row(2, prompt=data[2][: int(spans[2].patch_lengths[:2].sum())])]
+    documents = [Document(f"d{row.number}", (*row.spans, span)) for row, span in zip(rows, spans, strict=True)]
+    batch = build_batch(documents, model=run.model, sequence_latents=run.data.sequence_latents)
+    forced = model.text_logits(model.latents(batch).flatten(0, 1), batch.text)
+    assert forced.shape == (sum(len(span.patch_lengths) for span in spans), 265)
+    of_row = forced.split([len(span.patch_lengths) for span in spans])
+
+    writer = TextWriter(model, rows, config=run)
+    assert writer.pens[2].lengths == spans[2].patch_lengths[:2].tolist()
+    while unfinished := [i for i, pen in enumerate(writer.pens) if not pen.ended]:
+        pens = [writer.pens[i] for i in unfinished]
+        for i, pen, logits in zip(unfinished, pens, writer.logits(pens), strict=True):
+            number = len(pen.lengths)
+            assert torch.allclose(logits, of_row[i][number], atol=1e-4, rtol=1e-4)
+            tokens = spans[i].tokens
+            assert tokens is not None
+            wanted = np.full(265, -1.0)
+            wanted[tokens[number]] = 1.0
+            writer.write(pen, wanted, draws=Draws(temperature=0.0), dice=np.random.default_rng(0))
+    for pen, span in zip(writer.pens, spans, strict=True):
+        written = pen.span()
+        assert written.data == span.data and written.tokens is not None and span.tokens is not None
+        assert written.tokens.tolist() == span.tokens.tolist()
 
 
 @pytest.mark.parametrize("kind", ["static", "space", "blt", "bpe"])
