@@ -24,7 +24,8 @@ from matformer.data.sources import MediaSpan, Stream, TextSpan, open_source
 from matformer.errors import ConfigError, DataError, ParcelError
 from matformer.parallel.seeds import generator
 from matformer.parcels import Batch, Kind
-from matformer.shapes import END
+from matformer.shapes import END, MASK
+from tests.made import as_diffused
 
 MODEL = {
     "atto": {"width": 8, "layers": 1, "heads": 2, "kv_heads": 1, "ffn_width": 8, "rotary_pairs": (1, 1, 0, 0)},
@@ -120,7 +121,7 @@ def config(root: Path, *, sources: dict[str, Any] = SOURCES, **data: Any) -> Run
 
 
 def numbers(batch: Batch) -> list[torch.Tensor]:
-    records = [batch.grid, batch.text, batch.route, *batch.media.values()]
+    records = [batch.grid, batch.text, batch.read, batch.route, *batch.media.values()]
     return [getattr(record, field.name) for record in records for field in fields(record)]
 
 
@@ -218,6 +219,25 @@ def test_state_of_one_rank_resumes_on_two_and_back(root: Path, uninterrupted: li
     assert same(run(again, range(4, STEPS)), uninterrupted[4:])
 
 
+@pytest.mark.parametrize("objective", ["masked_diffusion", "block_diffusion"])
+def test_masks_of_text_are_the_same_after_a_restart_and_on_any_rank(objective: str, root: Path) -> None:
+    run_config = config(root)
+    run_config = run_config.model_copy(update={"model": as_diffused(run_config.model, objective)})
+    whole = run(Loader(run_config), range(4))
+    masked = [float((b.text.coda_input_U == MASK).float().mean()) for step in whole for b in step]
+    assert 0.1 < min(masked) and max(masked) < 1.0 and len(set(masked)) > 2
+    first = Loader(run_config)
+    run(first, range(2))
+    two = [Loader(run_config, dp_rank=rank, dp_size=2) for rank in range(2)]
+    again = Loader(run_config)
+    for loader in (again, *two):
+        loader.load_state(first.state())
+    assert same(run(again, range(2, 4)), whole[2:])
+    shares = [run(loader, range(2, 4)) for loader in two]
+    for step in range(2):
+        assert sorted(row for share in shares for row in rows(share[step])) == sorted(rows(whole[2 + step]))
+
+
 def rows(batches: list[Batch]) -> list[tuple[Any, ...]]:
     """What stands in each sequence, free of how sequences fall into microbatches."""
     out: list[tuple[Any, ...]] = []
@@ -226,12 +246,13 @@ def rows(batches: list[Batch]) -> list[tuple[Any, ...]]:
         row_U = (batch.text.slot_P // length)[batch.text.patch_U]
         for row in range(len(grid.kind_BS)):
             symbols = tuple(batch.text.symbol_U[row_U == row].tolist())
+            seen = tuple(batch.text.coda_input_U[row_U == row].tolist())
             noise = tuple(
                 units.noise_NF[units.noised_row_Q][units.noised_slot_Q // length == row].flatten().tolist()
                 for units in batch.media.values()
             )
             arrays = (grid.kind_BS, grid.blind_BS, grid.axes_BSX[..., 0], grid.document_BS, grid.span_BS)
-            out.append((*(tuple(array[row].tolist()) for array in arrays), symbols, noise))
+            out.append((*(tuple(array[row].tolist()) for array in arrays), symbols, seen, noise))
     return out
 
 
