@@ -44,7 +44,6 @@ from data_prep.encode_latents import (
 from data_prep.fetch import PACKAGES, fetch, sha256_of
 from data_prep.pictures import all_pictures
 from data_prep.records import Document, Picture, Sound, is_held_out, number_of
-from data_prep.score_entropy import pick_threshold
 from data_prep.speech import SAMPLE_RATE, all_prompts, spoken_names
 from data_prep.texts import all_texts
 from data_prep.train_entropy_model import bits_per_byte, documents, train
@@ -52,6 +51,7 @@ from data_prep.write import write_albums, write_pairs, write_texts
 from matformer.autoencoders import Autoencoder
 from matformer.config.schema import PatcherConfig
 from matformer.data.entropy import entropies
+from matformer.data.matching import pick_threshold
 from matformer.data.patching import EntropyPatcher
 from matformer.data.texts import first_texts
 from matformer.errors import DataError, MatformerError

@@ -29,6 +29,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, 
 
 from data_prep.write import npy
 from matformer.data.entropy import entropies, load_entropy_model
+from matformer.data.matching import pick_threshold
 from matformer.data.patching import EntropyPatcher
 from matformer.data.shards import ShardReader, ShardWriter
 from matformer.data.texts import open_texts, texts_of
@@ -118,30 +119,6 @@ def score_block(job: Job) -> Job:
     beside.write_bytes(npy(nats))
     os.replace(beside, job.file)
     return job
-
-
-def pick_threshold(
-    documents: Sequence[tuple[bytes, Float[np.ndarray, " n1"]]], *, patcher: EntropyPatcher, mean_patch: float
-) -> float:
-    """The threshold whose patches hold `mean_patch` symbols in the mean, by bisection; four decimals.
-
-    Raises DataError if no threshold gives so long or so short patches.
-    """
-    symbols = sum(len(nats) for _, nats in documents)
-    below, above = 0.0, 10.0
-    for _ in range(24):
-        patcher.threshold = (below + above) / 2
-        patches = sum(len(patcher.rough_lengths(nats)) for _, nats in documents)
-        below, above = (patcher.threshold, above) if symbols / patches < mean_patch else (below, patcher.threshold)
-    threshold = round((below + above) / 2, 4)
-    patcher.threshold = threshold
-    found = symbols / sum(len(patcher.rough_lengths(nats)) for _, nats in documents)
-    if threshold <= 0 or abs(found / mean_patch - 1) > 0.05:
-        raise DataError(
-            f"a threshold must give patches of {mean_patch:g} symbols, got at best {found:.3f} with "
-            f"{patcher.max_patch_bytes} at most; change --mean-patch or --max-patch-bytes"
-        )
-    return threshold
 
 
 def write(source: Path, folder: Path, jobs: Sequence[Job], *, patcher: EntropyPatcher) -> float:

@@ -11,20 +11,16 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import os
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from matformer.data.matching import matched, mean_patch
 from matformer.data.pieces import Pieces, train_pieces
 from matformer.data.texts import first_texts
 from matformer.errors import DataError, MatformerError
 
 log = logging.getLogger("data_prep.train_sentencepiece")
-
-SMALLEST, LARGEST = 260, 65_536
-TOLERANCE = 0.05
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,37 +58,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sample-bytes", type=int, default=4_000_000, help="of train that it learns from")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     return parser
-
-
-def mean_patch(pieces: Pieces, texts: Sequence[bytes]) -> float:
-    """Symbols (bytes and `<end>`) a patch."""
-    return sum(len(text) + 1 for text in texts) / sum(len(pieces.lengths(text)) + 1 for text in texts)
-
-
-def matched(trained: Callable[[int], Pieces], sample: Sequence[bytes], *, mean: float) -> Pieces:
-    """The model whose mean patch comes nearest, by bisection on a logarithmic scale.
-
-    Raises DataError if none comes within five per cent.
-    """
-    below, above = math.log(SMALLEST), math.log(LARGEST)
-    best: Pieces | None = None
-    for _ in range(8):
-        try:
-            found = trained(round(math.exp((below + above) / 2)))
-        except DataError:  # more pieces than the text has
-            above = (below + above) / 2
-            continue
-        here = mean_patch(found, sample)
-        if best is None or abs(here - mean) < abs(mean_patch(best, sample) - mean):
-            best = found
-        below, above = ((below + above) / 2, above) if here < mean else (below, (below + above) / 2)
-    if best is None or abs(mean_patch(best, sample) / mean - 1) > TOLERANCE:
-        got = "none" if best is None else f"at best {mean_patch(best, sample):.3f}"
-        raise DataError(
-            f"a vocabulary of {SMALLEST} to {LARGEST} pieces must give patches of {mean:g} symbols, got {got}; change "
-            "--mean-patch, --max-patch-bytes or --sample-bytes"
-        )
-    return best
 
 
 def _save(pieces: Pieces, path: Path) -> None:

@@ -54,14 +54,18 @@ def load_run(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
 
     `model`, `data` and `plan` of the run file are names of files in configs/{model,data,plan}/ beside its folder, or
     mappings; a mapping may start from a file (`model: {from: demo, atto: {layers: 4}}`). `plan` fills `parallel`.
-    Over these lie the run file's other sections, then the overrides (`train.steps=6`, `model=demo`).
+    Over these lie the run file's other sections, then the overrides (`train.steps=6`, `model=demo`). A run file may
+    itself start from another (`from: ../../run/text`, a path beside it without its ending): it lies over that one, but
+    a part that it names, or whose mapping names a file, takes the place of the other's.
     null takes a key or an entry away that stood below. Raises ConfigError.
     """
     path = Path(path)
     pairs = [_split_override(text) for text in overrides]
-    tree = read_yaml(path)
-    tree |= {key: value for key, value in pairs if key in PARTS}
-    tree = _compose(tree, path=path)
+    chain = _chain(path)
+    chain[-1][1].update((key, value) for key, value in pairs if key in PARTS)
+    tree: Tree = {}
+    for _, run in chain:  # the first of the chain says where the parts are
+        tree = _over(tree, run, path=chain[0][0])
     for key, value in pairs:
         if key not in PARTS:
             tree = _merged(tree, _nested(key, value))
@@ -130,14 +134,33 @@ def value_of(config: RunConfig, key: str) -> Any:
     return value
 
 
-def _compose(run: Tree, *, path: Path) -> Tree:
-    """The run's tree with its three parts read in, the run's own `parallel` over its plan."""
-    tree: Tree = {}
+def _chain(path: Path) -> list[tuple[Path, Tree]]:
+    """The run file at `path` and what it starts from, the first of them first."""
+    chain: list[tuple[Path, Tree]] = []
+    while True:
+        run = read_yaml(path)
+        chain.insert(0, (path, run))
+        name = run.pop("from", None)
+        if name is None:
+            return chain
+        if not isinstance(name, str):
+            raise ConfigError(f"from in {path} must be the path of a run file without .yaml, got {_shown(name)}")
+        path = path.parent / f"{name}.yaml"
+        if any(path.resolve() == seen.resolve() for seen, _ in chain):
+            raise ConfigError(f"a run must not start from itself, got from: {name} in {chain[0][0]}; change from")
+
+
+def _over(base: Tree, run: Tree, *, path: Path) -> Tree:
+    """The run's tree over `base`, its three parts read in, the run's own `parallel` over its plan."""
+    tree = base
     for key, section in PARTS.items():
-        if run.get(key) is not None:
-            tree[section] = _part(run[key], key=key, path=path)
-    own = {key: value for key, value in run.items() if key not in PARTS}
-    return _merged(tree, own)
+        value = run.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, dict) or "from" in value:
+            tree = {name: below for name, below in tree.items() if name != section}
+        tree = _merged(tree, {section: _part(value, key=key, path=path)})
+    return _merged(tree, {key: value for key, value in run.items() if key not in PARTS})
 
 
 def _part(value: Any, *, key: str, path: Path) -> Any:
