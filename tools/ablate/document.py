@@ -1,0 +1,228 @@
+"""Results of the ablation of text front ends -> a document with two tables, and a picture beside it.
+
+    python tools/ablate/document.py runs/ablation/text/results.json --out docs/results/text_frontends.md
+
+Reads nothing but the results, so that the words can be changed without a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Results = Mapping[str, Any]
+Runs = Mapping[str, Sequence[Mapping[str, Any]]]
+
+TABLES = {"bytes": "Equal bytes seen", "flops": "Equal FLOPs"}
+HEAD = (
+    "arm",
+    "symbols a latent",
+    "parameters, M",
+    "MFLOPs a byte (Atto's share)",
+    "steps",
+    "MB seen",
+    "TFLOPs",
+    "bits per byte",
+    "less static's (stderr)",
+    "seeds above / below static",
+    "CPU s a MB",
+)
+CLEAR = 2.0
+"""Standard errors from which a difference is called one, if every seed has its sign."""
+SHORT = 20.0
+"""Bytes a parameter below which a run is called short."""
+COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4b5563")
+MUTED, GRID = "#6b7280", "#e5e7eb"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the document and the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("docs/results/text_frontends.md"))
+    asked = parser.parse_args(arguments)
+    write(json.loads(asked.results.read_text(encoding="utf-8")), asked.out)
+    sys.stdout.write(f"{asked.out}\n")
+    return 0
+
+
+def write(results: Results, path: Path) -> None:
+    """The document at `path`, the picture beside it under the same stem."""
+    picture = path.with_suffix(".png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render(results, picture=picture.name), encoding="utf-8")
+    draw(results).savefig(picture)
+
+
+def render(results: Results, *, picture: str) -> str:
+    """The whole document."""
+    parts = ["# Text front ends", _how(results), f"![Held-out bits per byte]({picture})"]
+    for name, title in TABLES.items():
+        runs = results["tables"][name]
+        parts += [f"## {title}", table(results, runs), came_out(results, runs)]
+    return "\n\n".join([*parts, "## How it was measured", _measured(results)]) + "\n"
+
+
+def table(results: Results, runs: Runs) -> str:
+    """One row an arm, best first, and the baselines below."""
+    order = sorted(runs, key=lambda arm: _mean(runs[arm], "bits_per_byte"))
+    lines = ["| " + " | ".join(HEAD) + " |", "|---|" + "---:|" * (len(HEAD) - 1)]
+    lines += ["| " + " | ".join(_row(results, arm, runs)) + " |" for arm in order]
+    for name, value in results["baselines"].items():
+        blank = [""] * (len(HEAD) - HEAD.index("bits per byte") - 1)
+        cells = [f"*{name}*", *[""] * (HEAD.index("bits per byte") - 1), f"{value:.3f}", *blank]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def came_out(results: Results, runs: Runs) -> str:
+    """In words: who is clearly below and above the reference, and where everybody stands beside order 2."""
+    reference = results["reference"]
+    sides: dict[str, list[str]] = {"below": [], "above": [], "not clearly apart from": []}
+    for arm in runs:
+        if arm != reference:
+            sides[verdict(results["paired"][_key(results, runs)][arm])].append(f"`{arm}`")
+    said = [f"{side} `{reference}`: {', '.join(arms)}" for side, arms in sides.items() if arms]
+    best = min(runs, key=lambda arm: _mean(runs[arm], "bits_per_byte"))
+    sentence = f"Lowest: `{best}`, {_mean(runs[best], 'bits_per_byte'):.3f} bits per byte."
+    if said:
+        sentence += f" {'; '.join(said)} ({CLEAR:g} standard errors and the same sign under every seed).".capitalize()
+    beaten = [name for name, value in results["baselines"].items() if value < _mean(runs[best], "bits_per_byte")]
+    return sentence + (f" Without a model, {' and '.join(beaten)} stand lower than every arm." if beaten else "")
+
+
+def verdict(paired: Mapping[str, Any]) -> str:
+    """On which side of the reference an arm stands."""
+    value, stderr, seeds = paired["value"], paired["stderr"], paired["by_seed"]
+    clear = stderr is not None and abs(value) > CLEAR * stderr and all(one * value > 0 for one in seeds)
+    return "not clearly apart from" if not clear else "below" if value < 0 else "above"
+
+
+def _row(results: Results, arm: str, runs: Runs) -> list[str]:
+    facts, own = results["arms"][arm], runs[arm]
+    return [
+        f"`{arm}`",
+        f"{facts['symbols_a_latent']:.2f}",
+        f"{facts['parameters'] / 1e6:.2f}",
+        f"{facts['flops_a_byte'] / 1e6:.2f} ({facts['atto_share']:.0%})",
+        f"{_mean(own, 'steps'):.0f}",
+        f"{_mean(own, 'bytes') / 1e6:.3f}",
+        f"{_mean(own, 'flops') / 1e12:.2f}",
+        f"{_mean(own, 'bits_per_byte'):.3f} ± {_spread(own):.3f}",
+        *_difference(results, arm, runs),
+        f"{facts['cpu_seconds_a_mb']:.0f}",
+    ]
+
+
+def _difference(results: Results, arm: str, runs: Runs) -> tuple[str, str]:
+    if arm == results["reference"]:
+        return "", ""
+    paired = results["paired"][_key(results, runs)][arm]
+    stderr = "" if paired["stderr"] is None else f" ({paired['stderr']:.3f})"
+    above = sum(one > 0 for one in paired["by_seed"])
+    return f"{paired['value']:+.3f}{stderr}", f"{above} / {len(paired['by_seed']) - above}"
+
+
+def _key(results: Results, runs: Runs) -> str:
+    return next(name for name in TABLES if results["tables"][name] is runs)
+
+
+def _mean(runs: Sequence[Mapping[str, Any]], key: str) -> float:
+    return statistics.fmean(run[key] for run in runs)
+
+
+def _spread(runs: Sequence[Mapping[str, Any]]) -> float:
+    """Standard deviation over seeds; 0 of a single one."""
+    return statistics.stdev(run["bits_per_byte"] for run in runs) if len(runs) > 1 else 0.0
+
+
+def _how(results: Results) -> str:
+    made, reference = results["made"], results["arms"][results["reference"]]
+    asked = made["bytes"]
+    said = (
+        f"`{made['command']}`, {made['date']}. Ways to hand text to one and the same Atto, each with the same bytes of "
+        f"context ({reference['bytes_a_sequence']:.0f} a sequence) and about four symbols a latent (`space` as it "
+        f"comes), {len(made['seeds'])} seed{'s' if len(made['seeds']) != 1 else ''}, on the demo's text."
+    )
+    if asked < SHORT * reference["parameters"]:
+        steps = statistics.fmean(run["steps"] for run in results["tables"]["bytes"][results["reference"]])
+        said += (
+            f"\n\n**These are short runs**: {asked / 1e6:g} MB of text in {steps:.0f} steps for "
+            f"{reference['parameters'] / 1e6:.1f} M parameters. They rank front ends by how fast they begin to learn; "
+            "what a long run would say is open."
+        )
+    return said
+
+
+def _measured(results: Results) -> str:
+    made = results["made"]
+    shares = [facts["unseen_share"] for facts in results["arms"].values()]
+    lines = [
+        f"- **Held out**: the same {made['heldout_documents']:,} whole documents ({made['heldout_bytes'] / 1e3:.0f} "
+        "kB) for every arm, `<end>` (and what an arm says of its patches' ends) paid for, divided by raw bytes. The "
+        "last weights, not their average: the schedule (warm-up, constant, decay) ends inside every run, whatever its "
+        "number of steps. Diffusion arms have an upper bound where the others have a likelihood.",
+        "- **±** is the standard deviation over seeds. **less static's** is the difference document by document, each "
+        "document's averaged over seeds first, its standard error taken over documents; negative is better.",
+        "- **FLOPs** of a training step, forward and backward, by torch's FlopCounterMode: local models, Atto, heads, "
+        "router, attention over whole matrices; pooling and the Coda's reading in closed form "
+        f"({min(shares):.1%} to {max(shares):.1%} of the whole); the entropy patcher's own model forward. Lookups and "
+        "sums of embeddings have no products; norms, softmax and the optimizer are not counted.",
+        f"- **Equal FLOPs**: the steps of an arm are those of `{results['reference']}` times the ratio of a step's "
+        "FLOPs, each run with its own whole schedule; the optimizer's settings are the same for all.",
+        f"- **CPU s a MB**: of training with one thread, the patcher included, without evaluation. {made['machine']}, "
+        f"torch {made['torch']}.",
+        f"- **Vocabulary** of the arms with pieces: {made['vocabulary']:,}; **thresholds**: "
+        + (", ".join(f"`{kind}` {value:g} nats" for kind, value in made["thresholds"].items()) or "none")
+        + ". Both give the wanted mean on 1 MB of train that the vocabulary is not learned from.",
+    ]
+    return "\n".join(lines)
+
+
+def draw(results: Results) -> Figure:
+    """Held-out curves over bytes (runs of equal bytes) and over FLOPs (runs of equal FLOPs)."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained", dpi=100)
+    left, right = figure.subplots(1, 2, sharey=True)
+    _curves(left, results, results["tables"]["bytes"], scale={arm: 1e-6 for arm in results["arms"]})
+    left.set_xlabel("MB of text seen", fontsize=9, color=MUTED)
+    left.set_ylabel("held-out bits per byte", fontsize=9, color=MUTED)
+    _curves(
+        right,
+        results,
+        results["tables"]["flops"],
+        scale={arm: facts["flops_a_byte"] / 1e12 for arm, facts in results["arms"].items()},
+    )
+    right.set_xlabel("TFLOPs of training", fontsize=9, color=MUTED)
+    right.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def _curves(axes: Axes, results: Results, runs: Runs, *, scale: Mapping[str, float]) -> None:
+    """Means over seeds, and the range between them."""
+    for colour, arm in zip(COLOURS, results["arms"], strict=False):
+        if arm not in runs:
+            continue
+        points = list(zip(*(run["curve"] for run in runs[arm]), strict=False))  # one entry an evaluation
+        places = [scale[arm] * statistics.fmean(at for at, _ in seeds) for seeds in points]
+        values = [[value for _, value in seeds] for seeds in points]
+        axes.plot(places, [statistics.fmean(v) for v in values], "o-", color=colour, markersize=3, label=arm)
+        axes.fill_between(places, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.12)
+    for name, value in results["baselines"].items():
+        axes.axhline(value, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.annotate(name, (0.02, value), xycoords=("axes fraction", "data"), xytext=(0, 2), fontsize=8, color=MUTED,
+                      textcoords="offset points")  # fmt: skip
+    axes.tick_params(labelsize=8, colors=MUTED, length=0)
+    axes.grid(axis="y", color=GRID)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

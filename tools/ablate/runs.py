@@ -1,0 +1,129 @@
+"""Runs of an ablation: the ordinary training door as processes of one thread, and held-out bits by document."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matformer.config.load import changed_keys, load_run
+from matformer.data.loader import heldout_batches, heldout_documents
+from matformer.data.sources import TextSpan
+from matformer.engine.document_sums import document_sums, gather_documents
+from matformer.engine.folder import KEYS_WITHOUT_EFFECT_ON_NUMBERS
+from matformer.engine.restore import load_for_inference
+from matformer.errors import CheckpointError
+from matformer.observe.sinks import read_metrics
+from matformer.parallel.process import settle
+
+log = logging.getLogger("ablate.runs")
+
+SCORES_FILE = "documents.json"
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of an arm; two tables that ask for the same one share it. evaluations: of held-out text on the way."""
+
+    arm: str
+    seed: int
+    steps: int
+    config: Path
+    runs: Path
+    overrides: tuple[str, ...] = ()
+    evaluations: int = 5
+
+    @property
+    def folder(self) -> Path:
+        """Its run folder."""
+        return self.runs / f"{self.arm}-seed{self.seed}-steps{self.steps}"
+
+    @property
+    def keys(self) -> list[str]:
+        """All its overrides."""
+        every = max(1, math.ceil(self.steps / self.evaluations))
+        own = {"name": self.folder.name, "run.folder": self.runs, "seed": self.seed, "train.steps": self.steps}
+        return [*self.overrides, *(f"{key}={value}" for key, value in own.items()), f"eval.every_steps={every}"]
+
+
+def train_all(jobs: Sequence[Job], *, at_once: int) -> None:
+    """Every job to its end; a finished one is left alone, an interrupted one goes on. Raises CheckpointError."""
+    todo = [job for job in dict.fromkeys(jobs) if not finished(job)]
+    log.info("%d runs, %d of them finished", len(dict.fromkeys(jobs)), len(dict.fromkeys(jobs)) - len(todo))
+    with ThreadPoolExecutor(at_once) as pool:
+        futures = [pool.submit(_train, job) for job in todo]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def finished(job: Job) -> bool:
+    """Whether the run stands there, done under the same config."""
+    config = job.folder / "config.yaml"
+    if not (job.folder / "finished").is_file() or not config.is_file():
+        return False
+    changed = changed_keys(load_run(config), load_run(job.config, job.keys))
+    return not [key for key in changed if not key.startswith(KEYS_WITHOUT_EFFECT_ON_NUMBERS)]
+
+
+def _train(job: Job) -> None:
+    logs = job.runs.parent / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    file = logs / f"{job.folder.name}.txt"
+    command = [sys.executable, "-m", "matformer.train", str(job.config), *job.keys]
+    with file.open("ab") as out:
+        code = subprocess.run(command, stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+    if code:
+        last = file.read_text(encoding="utf-8", errors="replace").strip().rsplit("\n", 1)[-1]
+        raise CheckpointError(f"{job.folder.name} must end with 0, got {code}: {last}; see {file}, then start again")
+    log.info("trained %s", job.folder.name)
+
+
+def score_all(jobs: Sequence[Job], *, at_once: int) -> dict[Job, dict[str, Any]]:
+    """For each job, `bits` and `bytes` of each held-out document under the last weights."""
+    todo = [job for job in dict.fromkeys(jobs) if not (job.folder / SCORES_FILE).is_file()]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(at_once, mp_context=context, initializer=settle, initargs=(1,)) as pool:
+        for _ in pool.map(score, [job.folder for job in todo]):
+            pass
+    return {job: json.loads((job.folder / SCORES_FILE).read_text(encoding="utf-8")) for job in dict.fromkeys(jobs)}
+
+
+def score(folder: Path) -> None:
+    """Held-out documents of the run's eval.final_text_bytes, whole or not at all into its folder."""
+    config, host, _ = load_for_inference(folder, ema=False)
+    (name,) = config.data.sources
+    limit = config.eval.final_text_bytes
+    sizes = {
+        document.key: sum(len(span.data) for span in document.spans if isinstance(span, TextSpan))
+        for document in heldout_documents(config, name, max_bytes=limit)
+    }
+    table = gather_documents(heldout_batches(config, name, max_bytes=limit), num_rows=config.train.micro_batch)
+    (sums,) = document_sums(host, [table])
+    bits = dict(zip(table.keys, (sums["text"] / math.log(2)).tolist(), strict=True))
+    found = {"bits": [bits[key] for key in sizes], "bytes": list(sizes.values()), "keys": list(sizes)}
+    beside = folder / f".{SCORES_FILE}.{os.getpid()}"
+    beside.write_text(json.dumps(found), encoding="utf-8")
+    os.replace(beside, folder / SCORES_FILE)
+
+
+def curve(folder: Path) -> list[tuple[float, float]]:
+    """(bytes seen, held-out bits per byte) on the way, under the weights of the moment."""
+    points, seen = [], 0.0
+    for row in read_metrics(folder / "metrics.jsonl"):
+        seen = row.get("bytes_seen", seen)
+        if "heldout/text/bits_per_byte" in row:
+            points.append((seen, row["heldout/text/bits_per_byte"]))
+    return points

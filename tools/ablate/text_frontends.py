@@ -1,0 +1,235 @@
+"""Ways to hand text to one Atto, held against each other at equal bytes and at equal FLOPs, with seeds.
+
+    python tools/ablate/text_frontends.py [--arms static,space,entropy,entropy_monotonic,bpe] [--seeds 0,1,2]
+        [--bytes 400000] [--jobs 2] [--out runs/ablation/text] [--document docs/results/text_frontends.md] [--json]
+        [key=value ...]
+
+Arms are the files of configs/ablation/text; overrides go to all of them. A killed command goes on where it stood: runs
+that are finished stay, those that were interrupted resume. To begin anew remove --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from arms import (
+    ARMS,
+    MATCHED_ON_BYTES,
+    REFERENCE,
+    Prepared,
+    config_file,
+    load_arm,
+    prepare,
+    require_matched,
+    symbols_a_latent,
+    taken,
+    train_texts,
+)
+from cost import Cost, cost_of
+from document import write
+from runs import Job, curve, score_all, train_all
+
+from matformer.config.schema import RunConfig
+from matformer.engine.baselines import compute_baselines, ratio
+from matformer.errors import ConfigError, MatformerError
+
+log = logging.getLogger("ablate")
+
+COUNTING = Path(__file__).with_name("cost.py")
+PATCHER_SAMPLE_BYTES = 100_000
+CONTEXT_TOLERANCE = 0.05
+BASELINES = {"text/order0": "order-0 bytes", "text/order2": "order-2 bytes", "text/xz": "xz -9e"}
+Scores = Mapping[Job, Mapping[str, Any]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0, or the error's with one sentence on stderr."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("ablate").setLevel(logging.INFO)
+    asked = _parser().parse_args(arguments)
+    try:
+        results = ablate(asked)
+    except MatformerError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    write(results, asked.document)
+    log.info("%s", asked.document)
+    if asked.json:
+        sys.stdout.write(json.dumps(results) + "\n")
+    return 0
+
+
+def ablate(asked: argparse.Namespace) -> dict[str, Any]:
+    """Prepare, count, train, score; the results, also as results.json. Raises any of our errors."""
+    if REFERENCE not in asked.arms:
+        raise ConfigError(f"--arms must hold {REFERENCE}, the one to compare with, got {','.join(asked.arms)}")
+    asked.out.mkdir(parents=True, exist_ok=True)
+    prepared = prepare(asked.out, asked.arms, asked.overrides)
+    overrides = {arm: [*asked.overrides, *_prepared_keys(arm, prepared, asked.overrides)] for arm in asked.arms}
+    configs = {arm: load_arm(arm, overrides[arm]) for arm in asked.arms}
+    sample = taken(train_texts(load_arm(REFERENCE, asked.overrides)), num_bytes=MATCHED_ON_BYTES)
+    symbols = {arm: symbols_a_latent(config, sample) for arm, config in configs.items()}
+    for arm, mean in symbols.items():
+        log.info("%s: %.3f symbols a latent", arm, mean)
+    require_matched(symbols)
+    costs = {arm: _cost(config, sample, kept=asked.out / "costs") for arm, config in configs.items()}
+    require_same_context(costs)
+    jobs = _jobs(asked, costs, overrides=overrides)
+    everything = [job for table in jobs.values() for arm in table.values() for job in arm]
+    train_all(everything, at_once=asked.jobs)
+    scores = score_all(everything, at_once=asked.jobs)
+    results = {
+        "made": _made(asked, prepared, scores[jobs["bytes"][REFERENCE][0]]),
+        "reference": REFERENCE,
+        "arms": {arm: {"symbols_a_latent": symbols[arm], **asdict(costs[arm])} for arm in asked.arms},
+        "baselines": _baselines(configs[REFERENCE]),
+        "tables": {name: _table(table, costs, scores=scores) for name, table in jobs.items()},
+        "paired": {name: _paired(table, scores=scores) for name, table in jobs.items()},
+    }
+    (asked.out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    return results
+
+
+def steps_for(costs: Mapping[str, Cost], *, num_bytes: int) -> dict[str, dict[str, int]]:
+    """Table -> arm -> steps: to see as many bytes, or to spend what the reference spends on them."""
+    by_bytes = {arm: max(1, round(num_bytes / cost.bytes_a_step)) for arm, cost in costs.items()}
+    spent = by_bytes[REFERENCE] * costs[REFERENCE].flops_a_step
+    return {"bytes": by_bytes, "flops": {arm: max(1, round(spent / cost.flops_a_step)) for arm, cost in costs.items()}}
+
+
+def require_same_context(costs: Mapping[str, Cost]) -> None:
+    """Raises ConfigError for an arm whose sequences hold more or fewer bytes than the reference's."""
+    wanted = costs[REFERENCE].bytes_a_sequence
+    for arm, cost in costs.items():
+        if abs(cost.bytes_a_sequence / wanted - 1) > CONTEXT_TOLERANCE:
+            raise ConfigError(
+                f"a sequence of {arm} must hold {wanted:.0f} bytes within {CONTEXT_TOLERANCE:.0%}, as {REFERENCE}'s, "
+                f"got {cost.bytes_a_sequence:.0f}; change data.sequence_latents in {config_file(arm)}"
+            )
+
+
+def difference(scores: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Bits per byte above the reference's on the same documents, seed against seed; stderr over documents."""
+    sizes = np.array(reference[0]["bytes"])
+    ES = np.array([one["bits"] for one in scores]) - np.array([one["bits"] for one in reference])
+    found = ratio(ES.mean(0), sizes)
+    stderr = found.stderr if np.isfinite(found.stderr) else None
+    return {"value": found.value, "stderr": stderr, "by_seed": (ES.sum(1) / sizes.sum()).tolist()}
+
+
+def _prepared_keys(arm: str, prepared: Prepared, overrides: Sequence[str]) -> list[str]:
+    return prepared.overrides(arm, load_arm(arm, overrides).data.patcher.kind)
+
+
+def _cost(config: RunConfig, sample: Sequence[bytes], *, kept: Path) -> Cost:
+    """Measured once for a config: whatever changes the numbers names the file, the counting itself included."""
+    tree = config.model_dump(mode="json", exclude={"name": True, "run": True, "eval": True})
+    name = hashlib.sha256(
+        json.dumps([tree, torch.__version__, COUNTING.read_text()], sort_keys=True).encode()
+    ).hexdigest()[:16]
+    file = kept / f"{config.name}-{name}.json"
+    if not file.is_file():
+        cost = cost_of(config, taken(iter(sample), num_bytes=PATCHER_SAMPLE_BYTES))
+        kept.mkdir(exist_ok=True)
+        file.write_text(json.dumps(asdict(cost), indent=1), encoding="utf-8")
+        log.info("%s: %.2f MFLOPs and %.0f CPU us a byte", config.name, cost.flops_a_byte / 1e6, cost.cpu_seconds_a_mb)
+    return Cost(**json.loads(file.read_text(encoding="utf-8")))
+
+
+def _jobs(
+    asked: argparse.Namespace, costs: Mapping[str, Cost], *, overrides: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, list[Job]]]:
+    return {
+        table: {
+            arm: [
+                Job(arm, seed, number, config_file(arm), asked.out / "runs", tuple(overrides[arm]))
+                for seed in asked.seeds
+            ]
+            for arm, number in steps.items()
+        }
+        for table, steps in steps_for(costs, num_bytes=asked.bytes).items()
+    }
+
+
+def _table(table: Mapping[str, Sequence[Job]], costs: Mapping[str, Cost], *, scores: Scores) -> dict[str, Any]:
+    """Arm -> its runs."""
+    return {arm: [_run(job, costs[arm], score=scores[job]) for job in jobs] for arm, jobs in table.items()}
+
+
+def _run(job: Job, cost: Cost, *, score: Mapping[str, Any]) -> dict[str, Any]:
+    points = curve(job.folder)
+    seen = points[-1][0]
+    return {
+        "seed": job.seed,
+        "steps": job.steps,
+        "bytes": seen,
+        "flops": seen * cost.flops_a_byte,
+        "bits_per_byte": sum(score["bits"]) / sum(score["bytes"]),
+        "curve": points,
+    }
+
+
+def _paired(table: Mapping[str, Sequence[Job]], *, scores: Scores) -> dict[str, Any]:
+    """Arm -> its difference from the reference."""
+    reference = [scores[job] for job in table[REFERENCE]]
+    return {
+        arm: difference([scores[job] for job in jobs], reference) for arm, jobs in table.items() if arm != REFERENCE
+    }
+
+
+def _baselines(config: RunConfig) -> dict[str, float]:
+    found = compute_baselines(config, text_bytes=config.eval.final_text_bytes or config.eval.text_bytes, media_spans=0)
+    return {label: found.numbers[name] for name, label in BASELINES.items() if name in found.numbers}
+
+
+def _made(asked: argparse.Namespace, prepared: Prepared, score: Mapping[str, Any]) -> dict[str, Any]:
+    """When, where and with what."""
+    return {
+        "command": " ".join(["python", "tools/ablate/text_frontends.py", *(asked.command or [])]),
+        "date": datetime.date.today().isoformat(),
+        "machine": _machine(),
+        "torch": torch.__version__,
+        "bytes": asked.bytes,
+        "seeds": asked.seeds,
+        "heldout_documents": len(score["keys"]),
+        "heldout_bytes": sum(score["bytes"]),
+        "vocabulary": prepared.vocabulary,
+        "thresholds": prepared.thresholds,
+    }
+
+
+def _machine() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+    return f"{len(os.sched_getaffinity(0))} cores of {model}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", type=lambda text: text.split(","), default=list(ARMS))
+    parser.add_argument("--seeds", type=lambda text: [int(one) for one in text.split(",")], default=[0, 1, 2])
+    parser.add_argument("--bytes", type=int, default=400_000, help="of text that a run of the first table sees")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at once, a thread each")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablation/text"))
+    parser.add_argument("--document", type=Path, default=Path("docs/results/text_frontends.md"))
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.set_defaults(command=sys.argv[1:])
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
