@@ -1,6 +1,7 @@
 # make demo    sets up, prepares data, trains the demo, writes runs/demo/report.html
 # make test    sets up, passes the tests
 # make check   style, types, the rule of imports
+# make ablation-text   ways to hand text to the model, against each other: docs/results/text_frontends.md (some CPU hours)
 # make env     sets up alone: one virtual environment, .venv
 # make clean   removes the environment and caches; runs/, data/ and cache/ stay
 
@@ -14,7 +15,7 @@ STAMP := .venv/.installed
 LOCK := $(shell command -v flock >/dev/null 2>&1 && echo flock .env.lock)
 FITS := import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
-.PHONY: env demo test check clean
+.PHONY: env demo test check ablation-text clean
 
 env:
 	@$(LOCK) $(MAKE) --silent --no-print-directory $(STAMP)
@@ -44,6 +45,11 @@ check: env
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+# A killed one goes on where it stood; remove runs/ablation/text to begin anew.
+ablation-text: env
+	bash slurm/prepare.sh configs/ablation/text/static.yaml
+	$(BIN)/python tools/ablate/text_frontends.py --seeds 0,1,2 --bytes 400000 --out runs/ablation/text --document docs/results/text_frontends.md
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache *.egg-info

@@ -98,6 +98,40 @@ def test_a_mapping_may_start_from_a_file(configs: Callable[..., Path]) -> None:
     assert (atto.layers, atto.width) == (6, 64)
 
 
+def test_a_run_may_start_from_another(configs: Callable[..., Path], one: Path) -> None:
+    later = one.parent.parent / "ablation" / "few" / "later.yaml"
+    later.parent.mkdir(parents=True)
+    later.write_text("from: ../../run/one\nname: later\nmodel: {atto: {layers: 6}}\ntrain: {steps: 20}\n")
+    (later.parent / "last.yaml").write_text("from: later\ntrain: {lr: 2e-3}\n")
+    config = load_run(later.parent / "last.yaml", ["train.micro_batch=1"])
+    assert (config.name, config.model.atto.layers, config.model.atto.width) == ("later", 6, 64)
+    assert (config.train.steps, config.train.lr, config.train.micro_batch) == (20, 2e-3, 1)
+    assert config.parallel.dp == 2
+
+
+def test_a_part_that_names_a_file_takes_the_place_of_what_stood_below(configs: Callable[..., Path], one: Path) -> None:
+    configs(model_words=MODEL.split("media:")[0] + "media: {}")
+    (one.parent / "later.yaml").write_text("from: one\nmodel: {from: words, atto: {layers: 3}}\n")
+    model = load_run(one.parent / "later.yaml").model
+    assert (dict(model.media), model.atto.layers) == ({}, 3)
+    assert load_run(one.parent / "later.yaml", ["model=small"]).model.atto.layers == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("from: round", "a run must not start from itself, got from: round"),
+        ("from: nowhere", "a config must be a file, got"),
+        ("from: [one]", "must be the path of a run file without .yaml, got"),
+    ],
+)
+def test_a_run_starts_from_a_file_that_is_there_and_not_from_itself(one: Path, text: str, words: str) -> None:
+    (one.parent / "round.yaml").write_text(text + "\n")
+    with pytest.raises(ConfigError) as raised:
+        load_run(one.parent / "round.yaml")
+    assert words in sentence(raised)
+
+
 def test_null_takes_an_entry_away(one: Path) -> None:
     assert list(load_run(one, ["data.sources.images=null"]).data.sources) == ["words"]
 

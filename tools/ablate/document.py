@@ -31,7 +31,7 @@ HEAD = (
     "MB seen",
     "TFLOPs",
     "bits per byte",
-    "less static's (stderr)",
+    "minus static's (stderr)",
     "seeds above / below static",
     "CPU s a MB",
 )
@@ -94,7 +94,8 @@ def came_out(results: Results, runs: Runs) -> str:
     best = min(runs, key=lambda arm: _mean(runs[arm], "bits_per_byte"))
     sentence = f"Lowest: `{best}`, {_mean(runs[best], 'bits_per_byte'):.3f} bits per byte."
     if said:
-        sentence += f" {'; '.join(said)} ({CLEAR:g} standard errors and the same sign under every seed).".capitalize()
+        joined = "; ".join(said)
+        sentence += f" {joined[0].upper()}{joined[1:]} ({CLEAR:g} standard errors and one sign under all seeds)."
     beaten = [name for name, value in results["baselines"].items() if value < _mean(runs[best], "bits_per_byte")]
     return sentence + (f" Without a model, {' and '.join(beaten)} stand lower than every arm." if beaten else "")
 
@@ -170,7 +171,7 @@ def _measured(results: Results) -> str:
         "kB) for every arm, `<end>` (and what an arm says of its patches' ends) paid for, divided by raw bytes. The "
         "last weights, not their average: the schedule (warm-up, constant, decay) ends inside every run, whatever its "
         "number of steps. Diffusion arms have an upper bound where the others have a likelihood.",
-        "- **±** is the standard deviation over seeds. **less static's** is the difference document by document, each "
+        "- **±** is the standard deviation over seeds. **minus static's** is the difference document by document, each "
         "document's averaged over seeds first, its standard error taken over documents; negative is better.",
         "- **FLOPs** of a training step, forward and backward, by torch's FlopCounterMode: local models, Atto, heads, "
         "router, attention over whole matrices; pooling and the Coda's reading in closed form "
@@ -180,9 +181,11 @@ def _measured(results: Results) -> str:
         "FLOPs, each run with its own whole schedule; the optimizer's settings are the same for all.",
         f"- **CPU s a MB**: of training with one thread, the patcher included, without evaluation. {made['machine']}, "
         f"torch {made['torch']}.",
-        f"- **Vocabulary** of the arms with pieces: {made['vocabulary']:,}; **thresholds**: "
+        "- **Vocabulary** of the arms with pieces: "
+        + (f"{made['vocabulary']:,}" if made["vocabulary"] else "none")
+        + "; **thresholds**: "
         + (", ".join(f"`{kind}` {value:g} nats" for kind, value in made["thresholds"].items()) or "none")
-        + ". Both give the wanted mean on 1 MB of train that the vocabulary is not learned from.",
+        + ". Both are picked for the wanted mean on 1 MB of train that the vocabulary is not learned from.",
     ]
     return "\n".join(lines)
 
@@ -215,10 +218,17 @@ def _curves(axes: Axes, results: Results, runs: Runs, *, scale: Mapping[str, flo
         values = [[value for _, value in seeds] for seeds in points]
         axes.plot(places, [statistics.fmean(v) for v in values], "o-", color=colour, markersize=3, label=arm)
         axes.fill_between(places, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.12)
-    for name, value in results["baselines"].items():
+    for number, (name, value) in enumerate(results["baselines"].items()):  # side by side: two may be nearly equal
         axes.axhline(value, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
-        axes.annotate(name, (0.02, value), xycoords=("axes fraction", "data"), xytext=(0, 2), fontsize=8, color=MUTED,
-                      textcoords="offset points")  # fmt: skip
+        axes.annotate(
+            name,
+            (0.02 + 0.2 * number, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 2),
+            textcoords="offset points",
+            fontsize=8,
+            color=MUTED,
+        )
     axes.tick_params(labelsize=8, colors=MUTED, length=0)
     axes.grid(axis="y", color=GRID)
     axes.spines[["top", "right", "left"]].set_visible(False)
