@@ -74,6 +74,14 @@ def evaluate(host: Host, config: RunConfig, *, full: bool, rivals: Baselines | N
     return HeldOut(config)(host, full=full, rivals=rivals)
 
 
+def text_by_document(host: Host, config: RunConfig) -> dict[str, tuple[float, float]]:
+    """Key of each held-out text document of eval.text_bytes -> its bits and its bytes. Collective."""
+    asked = config.eval.model_copy(update={"media_spans": 0})
+    table = dict(_tables(config.model_copy(update={"eval": asked})))["text"]
+    bits, sizes = _score(table, document_sums(host, [table])[0], part="text")
+    return dict(zip(table.keys, zip(bits.tolist(), sizes.tolist(), strict=True), strict=True))
+
+
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """Numbers of one checkpoint (`heldout/...`, or `heldout_ema/...` of the average) and the baselines beside them."""

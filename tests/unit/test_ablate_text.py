@@ -135,8 +135,14 @@ def test_another_context_is_refused() -> None:
 
 
 def test_a_difference_is_taken_document_by_document() -> None:
-    reference = [{"bits": [20.0, 60.0], "bytes": [10, 20]}, {"bits": [22.0, 62.0], "bytes": [10, 20]}]
-    better = [{"bits": [19.0, 58.0], "bytes": [10, 20]}, {"bits": [21.0, 60.0], "bytes": [10, 20]}]
+    reference = [
+        {"bits": [20.0, 60.0], "bytes": [10, 20], "keys": ["a", "b"]},
+        {"bits": [22.0, 62.0], "bytes": [10, 20], "keys": ["a", "b"]},
+    ]
+    better = [
+        {"bits": [19.0, 58.0], "bytes": [10, 20], "keys": ["a", "b"]},
+        {"bits": [21.0, 60.0], "bytes": [10, 20], "keys": ["a", "b"]},
+    ]
     found = text_frontends.difference(better, reference)
     assert found["value"] == pytest.approx(-0.1) and found["by_seed"] == pytest.approx([-0.1, -0.1])
     assert found["stderr"] == pytest.approx(0.0, abs=1e-12)  # a tenth of a bit a byte on each, whatever they are like

@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from matformer.config.load import changed_keys, load_run
-from matformer.data.loader import heldout_batches, heldout_documents
-from matformer.data.sources import TextSpan
-from matformer.engine.document_sums import document_sums, gather_documents
+from matformer.engine.evaluate import text_by_document
 from matformer.engine.folder import KEYS_WITHOUT_EFFECT_ON_NUMBERS
 from matformer.engine.restore import load_for_inference
 from matformer.errors import CheckpointError
@@ -104,16 +102,10 @@ def score_all(jobs: Sequence[Job], *, at_once: int) -> dict[Job, dict[str, Any]]
 def score(folder: Path) -> None:
     """Held-out documents of the run's eval.final_text_bytes, whole or not at all into its folder."""
     config, host, _ = load_for_inference(folder, ema=False)
-    (name,) = config.data.sources
-    limit = config.eval.final_text_bytes
-    sizes = {
-        document.key: sum(len(span.data) for span in document.spans if isinstance(span, TextSpan))
-        for document in heldout_documents(config, name, max_bytes=limit)
-    }
-    table = gather_documents(heldout_batches(config, name, max_bytes=limit), num_rows=config.train.micro_batch)
-    (sums,) = document_sums(host, [table])
-    bits = dict(zip(table.keys, (sums["text"] / math.log(2)).tolist(), strict=True))
-    found = {"bits": [bits[key] for key in sizes], "bytes": list(sizes.values()), "keys": list(sizes)}
+    asked = config.eval.model_copy(update={"text_bytes": config.eval.final_text_bytes or config.eval.text_bytes})
+    scored = text_by_document(host, config.model_copy(update={"eval": asked}))
+    keys = sorted(scored)  # arms may pack them in another order
+    found = {"keys": keys, "bits": [scored[key][0] for key in keys], "bytes": [scored[key][1] for key in keys]}
     beside = folder / f".{SCORES_FILE}.{os.getpid()}"
     beside.write_text(json.dumps(found), encoding="utf-8")
     os.replace(beside, folder / SCORES_FILE)

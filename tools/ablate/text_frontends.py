@@ -122,6 +122,7 @@ def require_same_context(costs: Mapping[str, Cost]) -> None:
 
 def difference(scores: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Bits per byte above the reference's on the same documents, seed against seed; stderr over documents."""
+    assert all(one["keys"] == reference[0]["keys"] and one["bytes"] == reference[0]["bytes"] for one in scores)
     sizes = np.array(reference[0]["bytes"])
     ES = np.array([one["bits"] for one in scores]) - np.array([one["bits"] for one in reference])
     found = ratio(ES.mean(0), sizes)
