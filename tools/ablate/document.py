@@ -97,7 +97,7 @@ def came_out(results: Results, runs: Runs) -> str:
         joined = "; ".join(said)
         sentence += f" {joined[0].upper()}{joined[1:]} ({CLEAR:g} standard errors and one sign under all seeds)."
     beaten = [name for name, value in results["baselines"].items() if value < _mean(runs[best], "bits_per_byte")]
-    return sentence + (f" Without a model, {' and '.join(beaten)} stand lower than every arm." if beaten else "")
+    return sentence + (f" Without a model, lower than every arm: {', '.join(beaten)}." if beaten else "")
 
 
 def verdict(paired: Mapping[str, Any]) -> str:
