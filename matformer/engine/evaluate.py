@@ -78,8 +78,9 @@ def text_by_document(host: Host, config: RunConfig) -> dict[str, tuple[float, fl
     """Key of each held-out text document of eval.text_bytes -> its bits and its bytes. Collective."""
     asked = config.eval.model_copy(update={"media_spans": 0})
     table = dict(_tables(config.model_copy(update={"eval": asked})))["text"]
-    bits, sizes = _score(table, document_sums(host, [table])[0], part="text")
-    return dict(zip(table.keys, zip(bits.tolist(), sizes.tolist(), strict=True), strict=True))
+    bits, sizes, times = _scored(table, document_sums(host, [table])[0], part="text", config=config)
+    pairs = zip((bits / times).tolist(), (sizes / times).tolist(), strict=True)
+    return dict(zip(table.keys, pairs, strict=True))
 
 
 @dataclass(frozen=True, slots=True)

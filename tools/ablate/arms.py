@@ -26,10 +26,10 @@ log = logging.getLogger("ablate.arms")
 PROJECT = Path(__file__).resolve().parents[2]
 FOLDER = PROJECT / "configs" / "ablation" / "text"
 
-ARMS = ("static", "space", "entropy", "entropy_monotonic", "bpe")
-"""The arms that run."""
-ARMS_TO_COME = ("tokens", "masked_diffusion", "block_diffusion")
-"""Arms whose config is written and whose keys the schema does not know yet; to be moved into ARMS when it does."""
+BYTES = ("static", "space", "entropy", "entropy_monotonic", "bpe")
+ARMS = (*BYTES, "tokens", "masked_diffusion", "block_diffusion")
+PIECES = ("bpe", "tokens")
+"""Kinds of patcher that share a vocabulary."""
 REFERENCE = "static"
 UNMATCHED = ("space",)
 """Arms whose patches are as long as they come."""
@@ -51,7 +51,7 @@ class Prepared:
     def overrides(self, arm: str, kind: str) -> list[str]:
         """The keys of an arm with this kind of patcher that only preparing could tell."""
         found = [f"data.patcher.threshold={self.thresholds[kind]}"] if kind in self.thresholds else []
-        if kind == "bpe":
+        if kind in PIECES:
             found.append(f"data.patcher.sentencepiece={self.pieces}")
         if arm == "tokens":
             found.append(f"model.text.vocabulary={self.vocabulary}")
@@ -60,8 +60,8 @@ class Prepared:
 
 def config_file(arm: str) -> Path:
     """The run file of an arm. Raises ConfigError if there is none."""
-    if arm not in (*ARMS, *ARMS_TO_COME):
-        raise ConfigError(f"an arm must be one of {', '.join((*ARMS, *ARMS_TO_COME))}, got {arm}; change --arms")
+    if arm not in ARMS:
+        raise ConfigError(f"an arm must be one of {', '.join(ARMS)}, got {arm}; change --arms")
     return FOLDER / f"{arm}.yaml"
 
 
@@ -121,7 +121,7 @@ def prepare(out: Path, arms: Sequence[str], overrides: Sequence[str] = ()) -> Pr
         if kind.startswith("entropy") and kind not in prepared.thresholds:
             prepared.thresholds[kind] = _threshold(config, texts=train_texts(base))
             log.info("%s: threshold %.4f", kind, prepared.thresholds[kind])
-        if kind == "bpe" and not (prepared.pieces and Path(prepared.pieces).is_file()):
+        if kind in PIECES and not (prepared.pieces and Path(prepared.pieces).is_file()):
             _learn_pieces(config, prepared, texts=train_texts(base), file=out / "pieces.model")
             log.info("%s: %d pieces", prepared.pieces, prepared.vocabulary)
     _write(out / "prepared.json", json.dumps(asdict(prepared), indent=1).encode())

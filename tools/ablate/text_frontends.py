@@ -39,11 +39,11 @@ from arms import (
 )
 from cost import Cost, cost_of
 from document import write
-from runs import Job, curve, score_all, train_all
 
 from matformer.config.schema import RunConfig
 from matformer.engine.baselines import compute_baselines, ratio
 from matformer.errors import ConfigError, MatformerError
+from runs import Job, curve, score_all, train_all
 
 log = logging.getLogger("ablate")
 
