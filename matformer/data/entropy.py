@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,14 +12,15 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from matformer.data.scoring import LONGEST_KEY, ContextMemo, context_keys, entropies_of_normed, entropy_of
 from matformer.errors import DataError
 from matformer.layers.local_attention import LocalBlock, local_view
-from matformer.layers.ngrams import NgramEmbedding, NgramSettings
-from matformer.layers.norm import RMSNorm
-from matformer.layers.precision import at_least_float32
+from matformer.layers.ngrams import NgramEmbedding, NgramSettings, ngram_hashes
+from matformer.layers.norm import RMSNorm, rms_norm
 from matformer.shapes import BEGIN, NUM_SYMBOLS, NUM_TARGETS
 
 SETTINGS_FILE, WEIGHTS_FILE = "entropy.json", "entropy.safetensors"
@@ -31,13 +32,13 @@ ROW_SYMBOLS = 1 << 14
 class EntropySettings:
     """Sizes of the model. ngrams: sizes of hashed n-grams, `ngram_rows` rows of each; window: symbols looked back."""
 
-    width: int = 64
+    width: int = 48
     heads: int = 2
     ffn_width: int = 128
-    layers: int = 1
+    layers: int = 0
     window: int = 32
-    ngrams: tuple[int, ...] = (2, 3, 4)
-    ngram_rows: int = 8192
+    ngrams: tuple[int, ...] = (2, 3, 4, 5)
+    ngram_rows: int = 16384
 
     @property
     def sight(self) -> int:
@@ -65,14 +66,36 @@ class EntropyModel(nn.Module):
         self, symbol_U: Int[Tensor, " U"], piece_U: Int[Tensor, " U"], place_U: Int[Tensor, " U"]
     ) -> Float[Tensor, "U 257"]:
         """`symbol` are inputs of pieces one after the other; nothing crosses from piece to piece."""
+        return self.head(self.output_norm(self.hidden(symbol_U, piece_U, place_U)))
+
+    def hidden(
+        self, symbol_U: Int[Tensor, " U"], piece_U: Int[Tensor, " U"], place_U: Int[Tensor, " U"]
+    ) -> Float[Tensor, "U D"]:
+        """What stands before the output norm."""
         x_UD = self.embedding(symbol_U)
         if self.ngram_embedding is not None:
             x_UD = x_UD + self.ngram_embedding(symbol_U, place_U)
-        head_size = self.settings.width // self.settings.heads
-        view = local_view(piece_U, place_U, window=self.settings.window, head_size=head_size)
-        for block in self.blocks:
-            x_UD = block(x_UD, view)
-        return self.head(self.output_norm(x_UD))
+        if len(self.blocks):
+            head_size = self.settings.width // self.settings.heads
+            view = local_view(piece_U, place_U, window=self.settings.window, head_size=head_size)
+            for block in self.blocks:
+                x_UD = block(x_UD, view)
+        return x_UD
+
+    def ngram_rows(self, symbol_U: Int[Tensor, " U"], place_U: Int[Tensor, " U"]) -> Int[Tensor, "U n"]:
+        """The rows of the n-gram table that stand behind each symbol; none without n-grams."""
+        if self.ngram_embedding is None:
+            return symbol_U.new_empty(len(symbol_U), 0)
+        sizes, rows = self.ngram_embedding.sizes, self.ngram_embedding.rows
+        return ngram_hashes(symbol_U, place_U, sizes=sizes) % rows + torch.arange(len(sizes)) * rows
+
+    def looked_up(self, symbol_U: Int[Tensor, " U"], row_Un: Int[Tensor, "U n"]) -> Float[Tensor, "U D"]:
+        """What enters the first layer, from symbols and their n-gram rows."""
+        x_UD = F.embedding(symbol_U, self.embedding.weight)
+        if self.ngram_embedding is None:
+            return x_UD
+        bags_UD = F.embedding_bag(row_Un, self.ngram_embedding.table.weight, mode="sum")
+        return x_UD.add_(bags_UD, alpha=self.ngram_embedding.gain)
 
     @property
     def fingerprint(self) -> str:
@@ -120,20 +143,47 @@ def entropies(model: EntropyModel, documents: Sequence[bytes]) -> list[Float[np.
     as much of what stands before them as the model can see.
     """
     found: list[list[np.ndarray]] = [[] for _ in documents]
+    score = _scorer(model, num_symbols=sum(map(len, documents)) + len(documents))
     for pieces in _rows(documents, sight=model.settings.sight):
         lengths = [len(piece.inputs) for piece in pieces]
-        inputs = torch.from_numpy(np.concatenate([piece.inputs for piece in pieces]))
-        places = torch.from_numpy(np.concatenate([piece.first + np.arange(len(piece.inputs)) for piece in pieces]))
-        numbers = torch.from_numpy(np.repeat(np.arange(len(pieces)), lengths))
-        nats = _entropy(model(inputs, numbers, places)).numpy()
-        for piece, scored in zip(pieces, np.split(nats, np.cumsum(lengths)[:-1]), strict=True):
+        begins = np.cumsum(lengths) - lengths
+        inputs = np.concatenate([piece.inputs for piece in pieces])
+        numbers = np.repeat(np.arange(len(pieces)), lengths)
+        places = np.arange(len(inputs)) + (np.array([piece.first for piece in pieces]) - begins)[numbers]
+        nats = score(inputs, numbers, places)
+        for piece, scored in zip(pieces, np.split(nats, begins[1:]), strict=True):
             found[piece.document].append(scored[piece.seen_before :])
     return [np.concatenate(parts) for parts in found]
 
 
-def _entropy(logits_UV: Float[Tensor, "U 257"]) -> Float[Tensor, " U"]:
-    log_p = at_least_float32(logits_UV).log_softmax(-1)
-    return -(log_p.exp() * log_p).sum(-1)
+def _scorer(model: EntropyModel, *, num_symbols: int) -> Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+    """Entropies after each input of a row of pieces: input, number of its piece, and its place there.
+
+    Without attention a prediction depends on a few symbols, most of which stand together many times in a text.
+    """
+    head_VD = model.head.weight * model.output_norm.weight
+
+    def of_hidden(hidden_UD: Tensor) -> np.ndarray:
+        normed_UD = rms_norm(hidden_UD, torch.ones_like(hidden_UD[0]), epsilon=model.output_norm.epsilon)
+        return entropies_of_normed(normed_UD, head_VD).numpy()
+
+    def of_all(inputs: np.ndarray, numbers: np.ndarray, places: np.ndarray) -> np.ndarray:
+        return of_hidden(model.hidden(*map(torch.from_numpy, (inputs, numbers, places))))
+
+    def of_distinct(inputs: np.ndarray, numbers: np.ndarray, places: np.ndarray) -> np.ndarray:
+        symbol_U, place_U = torch.from_numpy(inputs), torch.from_numpy(places)
+        row_Un = model.ngram_rows(symbol_U, place_U)
+
+        def of_some(chosen: np.ndarray) -> np.ndarray:
+            chosen_R = torch.from_numpy(chosen)
+            return of_hidden(model.looked_up(symbol_U[chosen_R], row_Un[chosen_R]))
+
+        return memo(context_keys(inputs, places, length=model.settings.sight), of_some)
+
+    if model.settings.layers or model.settings.sight > LONGEST_KEY:
+        return of_all
+    memo = ContextMemo(num_symbols, head_VD.dtype)
+    return of_distinct
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,4 +238,4 @@ class ExactEntropy:
         symbols = torch.from_numpy(np.concatenate([np.zeros(missing, np.int64), kept]))
         piece = torch.cat((torch.zeros(missing, dtype=torch.int64), torch.ones(len(kept), dtype=torch.int64)))
         place = torch.cat((torch.arange(missing), torch.arange(first, first + len(kept))))
-        return float(_entropy(self._model(symbols, piece, place)[-1:]))
+        return float(entropy_of(self._model(symbols, piece, place)[-1:]))
