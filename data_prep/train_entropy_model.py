@@ -31,7 +31,7 @@ from matformer.shapes import END, NUM_TARGETS
 log = logging.getLogger("data_prep.train_entropy_model")
 
 BATCH_SYMBOLS, HELDOUT_BYTES = 16_384, 200_000
-LEARNING_RATE, WARM_UP = 4e-3, 20
+LEARNING_RATE, WARM_UP = 8e-3, 20
 
 
 def main(arguments: list[str] | None = None) -> int:

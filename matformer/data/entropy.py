@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import safetensors
@@ -30,15 +31,19 @@ ROW_SYMBOLS = 1 << 14
 
 @dataclass(frozen=True, slots=True)
 class EntropySettings:
-    """Sizes of the model. ngrams: sizes of hashed n-grams, `ngram_rows` rows of each; window: symbols looked back."""
+    """Sizes of the model. ngrams: sizes of hashed n-grams, `ngram_rows` rows of each.
 
-    width: int = 48
+    heads, ffn_width, window (symbols looked back): of the layers. With none the model is a sum of lookups and a head,
+    which in the seconds that the demo has learns more than one with attention, and scores in a fraction of the time.
+    """
+
+    width: int = 32
     heads: int = 2
     ffn_width: int = 128
     layers: int = 0
     window: int = 32
     ngrams: tuple[int, ...] = (2, 3, 4, 5)
-    ngram_rows: int = 16384
+    ngram_rows: int = 32768
 
     @property
     def sight(self) -> int:
@@ -47,7 +52,7 @@ class EntropySettings:
 
 
 class EntropyModel(nn.Module):
-    """Logits of the next symbol after `<begin>` and each byte, from a local window. Source: BLT, section 2.3."""
+    """Logits of the next symbol after `<begin>` and each byte, from those shortly before. Source: BLT, section 2.3."""
 
     def __init__(self, settings: EntropySettings) -> None:
         super().__init__()
@@ -72,28 +77,26 @@ class EntropyModel(nn.Module):
         self, symbol_U: Int[Tensor, " U"], piece_U: Int[Tensor, " U"], place_U: Int[Tensor, " U"]
     ) -> Float[Tensor, "U D"]:
         """What stands before the output norm."""
-        x_UD = self.embedding(symbol_U)
-        if self.ngram_embedding is not None:
-            x_UD = x_UD + self.ngram_embedding(symbol_U, place_U)
-        if len(self.blocks):
+        x_UD = self.looked_up(symbol_U, self.ngram_hashes(symbol_U, place_U))
+        if self.settings.layers:
             head_size = self.settings.width // self.settings.heads
             view = local_view(piece_U, place_U, window=self.settings.window, head_size=head_size)
             for block in self.blocks:
                 x_UD = block(x_UD, view)
         return x_UD
 
-    def ngram_rows(self, symbol_U: Int[Tensor, " U"], place_U: Int[Tensor, " U"]) -> Int[Tensor, "U n"]:
-        """The rows of the n-gram table that stand behind each symbol; none without n-grams."""
-        if self.ngram_embedding is None:
-            return symbol_U.new_empty(len(symbol_U), 0)
-        sizes, rows = self.ngram_embedding.sizes, self.ngram_embedding.rows
-        return ngram_hashes(symbol_U, place_U, sizes=sizes) % rows + torch.arange(len(sizes)) * rows
+    def ngram_hashes(self, symbol_U: Int[Tensor, " U"], place_U: Int[Tensor, " U"]) -> Int[Tensor, "U n"]:
+        """Of the n-grams that end with each symbol, one a size."""
+        sizes = self.settings.ngrams
+        return ngram_hashes(symbol_U, place_U, sizes=sizes) if sizes else symbol_U.new_empty(len(symbol_U), 0)
 
-    def looked_up(self, symbol_U: Int[Tensor, " U"], row_Un: Int[Tensor, "U n"]) -> Float[Tensor, "U D"]:
-        """What enters the first layer, from symbols and their n-gram rows."""
-        x_UD = F.embedding(symbol_U, self.embedding.weight)
+    def looked_up(self, symbol_U: Int[Tensor, " U"], hash_Un: Int[Tensor, "U n"]) -> Float[Tensor, "U D"]:
+        """What enters the first layer, from symbols and the hashes of their n-grams: they need not stand together."""
+        x_UD = self.embedding(symbol_U)
         if self.ngram_embedding is None:
             return x_UD
+        rows = self.ngram_embedding.rows
+        row_Un = hash_Un % rows + torch.arange(hash_Un.shape[1]) * rows
         bags_UD = F.embedding_bag(row_Un, self.ngram_embedding.table.weight, mode="sum")
         return x_UD.add_(bags_UD, alpha=self.ngram_embedding.gain)
 
@@ -140,81 +143,89 @@ def entropies(model: EntropyModel, documents: Sequence[bytes]) -> list[Float[np.
     """Of each document: H(symbol i | bytes before i) in nats, i = 0 .. n (the last symbol is `<end>`); float32.
 
     Documents are scored side by side in rows of at most ROW_SYMBOLS; a longer one is cut into pieces that begin with
-    as much of what stands before them as the model can see.
+    as much of what stands before them as the model can see. Memory beside the result does not grow with the documents.
     """
     found: list[list[np.ndarray]] = [[] for _ in documents]
-    score = _scorer(model, num_symbols=sum(map(len, documents)) + len(documents))
+    score = _Scorer(model, num_symbols=sum(map(len, documents)) + len(documents))
     for pieces in _rows(documents, sight=model.settings.sight):
-        lengths = [len(piece.inputs) for piece in pieces]
-        begins = np.cumsum(lengths) - lengths
-        inputs = np.concatenate([piece.inputs for piece in pieces])
+        lengths = np.array([piece.end - piece.first for piece in pieces])
+        ends = np.cumsum(lengths)
         numbers = np.repeat(np.arange(len(pieces)), lengths)
-        places = np.arange(len(inputs)) + (np.array([piece.first for piece in pieces]) - begins)[numbers]
-        nats = score(inputs, numbers, places)
-        for piece, scored in zip(pieces, np.split(nats, begins[1:]), strict=True):
-            found[piece.document].append(scored[piece.seen_before :])
-    return [np.concatenate(parts) for parts in found]
+        places = np.arange(ends[-1]) + (np.array([piece.first for piece in pieces]) - ends + lengths)[numbers]
+        nats = score(_inputs(pieces, documents, places=places), numbers, places)
+        for piece, end in zip(pieces, ends.tolist(), strict=True):
+            found[piece.document].append(nats[end - piece.end + piece.scored_from : end])
+    return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in found]
 
 
-def _scorer(model: EntropyModel, *, num_symbols: int) -> Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
-    """Entropies after each input of a row of pieces: input, number of its piece, and its place there.
+class _Scorer:
+    """Entropies after each input of a row of pieces.
 
-    Without attention a prediction depends on a few symbols, most of which stand together many times in a text.
+    Without attention a prediction depends on a few symbols, most of which stand together many times in a text: those
+    are scored once, as long as the memo knows them.
     """
-    head_VD = model.head.weight * model.output_norm.weight
 
-    def of_hidden(hidden_UD: Tensor) -> np.ndarray:
-        normed_UD = rms_norm(hidden_UD, torch.ones_like(hidden_UD[0]), epsilon=model.output_norm.epsilon)
-        return entropies_of_normed(normed_UD, head_VD).numpy()
+    def __init__(self, model: EntropyModel, *, num_symbols: int) -> None:
+        self._model = model
+        self._head_VD = model.head.weight * model.output_norm.weight
+        short = not model.settings.layers and model.settings.sight <= LONGEST_KEY
+        self._memo = ContextMemo(num_symbols, self._head_VD.dtype) if short else None
 
-    def of_all(inputs: np.ndarray, numbers: np.ndarray, places: np.ndarray) -> np.ndarray:
-        return of_hidden(model.hidden(*map(torch.from_numpy, (inputs, numbers, places))))
+    def __call__(self, inputs: np.ndarray, numbers: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """`numbers` say of each input to which piece it belongs, `places` where it stands in its document."""
+        model = self._model
+        symbol_U, piece_U, place_U = map(torch.from_numpy, (inputs, numbers, places))
+        if self._memo is None:
+            return self._of(model.hidden(symbol_U, piece_U, place_U))
+        hash_Un = model.ngram_hashes(symbol_U, place_U)
 
-    def of_distinct(inputs: np.ndarray, numbers: np.ndarray, places: np.ndarray) -> np.ndarray:
-        symbol_U, place_U = torch.from_numpy(inputs), torch.from_numpy(places)
-        row_Un = model.ngram_rows(symbol_U, place_U)
-
-        def of_some(chosen: np.ndarray) -> np.ndarray:
+        def score(chosen: np.ndarray) -> np.ndarray:
             chosen_R = torch.from_numpy(chosen)
-            return of_hidden(model.looked_up(symbol_U[chosen_R], row_Un[chosen_R]))
+            return self._of(model.looked_up(symbol_U[chosen_R], hash_Un[chosen_R]))
 
-        return memo(context_keys(inputs, places, length=model.settings.sight), of_some)
+        return self._memo(context_keys(inputs, places, length=model.settings.sight), score)
 
-    if model.settings.layers or model.settings.sight > LONGEST_KEY:
-        return of_all
-    memo = ContextMemo(num_symbols, head_VD.dtype)
-    return of_distinct
+    def _of(self, hidden_UD: Float[Tensor, "U D"]) -> Float[np.ndarray, " U"]:
+        no_weight = hidden_UD.new_ones(hidden_UD.shape[1])  # the norm's own is in the head
+        normed_UD = rms_norm(hidden_UD, no_weight, epsilon=self._model.output_norm.epsilon)
+        return entropies_of_normed(normed_UD, self._head_VD).numpy()
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Inputs of a document from place `first` on; the first `seen_before` of them are context, scored elsewhere."""
+class _Piece(NamedTuple):
+    """Inputs `first` to `end` of a document; those before `scored_from` are context, scored elsewhere."""
 
     document: int
     first: int
-    inputs: np.ndarray
-    seen_before: int
+    end: int
+    scored_from: int
+
+
+def _inputs(pieces: Sequence[_Piece], documents: Sequence[bytes], *, places: np.ndarray) -> Int[np.ndarray, " U"]:
+    """As `input_symbols` gives them, piece after piece."""
+    data = b"".join([documents[piece.document][max(0, piece.first - 1) : piece.end - 1] for piece in pieces])
+    inputs = np.full(len(places), BEGIN, np.int64)
+    inputs[places > 0] = np.frombuffer(data, np.uint8)
+    return inputs
 
 
 def _rows(documents: Sequence[bytes], *, sight: int) -> Iterator[list[_Piece]]:
     row: list[_Piece] = []
     size = 0
     for piece in _pieces(documents, sight=sight):
-        if row and size + len(piece.inputs) > ROW_SYMBOLS:
+        length = piece.end - piece.first
+        if row and size + length > ROW_SYMBOLS:
             yield row
             row, size = [], 0
         row.append(piece)
-        size += len(piece.inputs)
+        size += length
     if row:
         yield row
 
 
 def _pieces(documents: Sequence[bytes], *, sight: int) -> Iterator[_Piece]:
     for number, data in enumerate(documents):
-        inputs = input_symbols(data)
-        for begin in range(0, len(inputs), ROW_SYMBOLS):
-            first = max(0, begin - sight + 1)
-            yield _Piece(number, first, inputs[first : begin + ROW_SYMBOLS], begin - first)
+        for begin in range(0, len(data) + 1, ROW_SYMBOLS):
+            yield _Piece(number, max(0, begin - sight + 1), min(begin + ROW_SYMBOLS, len(data) + 1), begin)
 
 
 class ExactEntropy:

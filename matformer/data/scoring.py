@@ -51,10 +51,13 @@ def entropies_of_normed(normed_UD: Float[Tensor, "U D"], head_VD: Float[Tensor, 
 def context_keys(
     symbols: Int[np.ndarray, " U"], places: Int[np.ndarray, " U"], *, length: int
 ) -> Int[np.ndarray, " U"]:
-    """One number for the `length` symbols that end at each place, LONGEST_KEY at most; zeros before a piece's first."""
+    """One number for the `length` symbols that end at each place, LONGEST_KEY at most; zeros before a piece's first.
+
+    As `ngram_hashes` sees them: where a piece was cut out of its document, the row's end stands before the row's begin.
+    """
     keys = symbols.copy()
     for back in range(1, length):
-        keys[back:] |= np.where(places[back:] >= back, symbols[:-back], 0) << (9 * back)
+        keys |= np.where(places >= back, np.roll(symbols, back), 0) << (9 * back)
     return keys
 
 
@@ -65,7 +68,7 @@ class ContextMemo:
     """
 
     def __init__(self, num_symbols: int, dtype: torch.dtype) -> None:
-        bits = min(4 * num_symbols, MOST_SLOTS).bit_length()
+        bits = (min(4 * num_symbols, MOST_SLOTS) - 1).bit_length()
         self._shift = np.uint64(64 - bits)
         self._keys = np.full(1 << bits, -1, np.int64)
         self._nats = torch.empty(1 << bits, dtype=dtype).numpy()

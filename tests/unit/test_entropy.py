@@ -93,6 +93,8 @@ def test_blts_rule_over_bos_and_bytes_is_ours() -> None:
     patcher = EntropyPatcher(MODEL, threshold=threshold, max_patch_bytes=10**6)
     documents = [data for data in (noise(i) for i in range(1000)) if data]
     for data, nats in zip(documents, entropies(MODEL, documents), strict=True):
+        if np.abs(nats - threshold).min() < 1e-3:
+            continue  # float32, which their rule goes by, is not trusted there
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             theirs = BltPatcher.patch_lengths_from_entropies(
