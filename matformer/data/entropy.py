@@ -25,8 +25,8 @@ from matformer.layers.norm import RMSNorm, rms_norm
 from matformer.shapes import BEGIN, NUM_SYMBOLS, NUM_TARGETS
 
 SETTINGS_FILE, WEIGHTS_FILE = "entropy.json", "entropy.safetensors"
-ROW_SYMBOLS = 1 << 14
-"""Symbols that are scored at once: memory stays flat however long a document is."""
+ROW_SYMBOLS, LOOKUP_ROW_SYMBOLS = 1 << 14, 1 << 16
+"""Symbols that are scored at once, with layers and without: memory stays flat however long a document is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +142,13 @@ def input_symbols(data: bytes | np.ndarray) -> Int[np.ndarray, " n1"]:
 def entropies(model: EntropyModel, documents: Sequence[bytes]) -> list[Float[np.ndarray, " n1"]]:
     """Of each document: H(symbol i | bytes before i) in nats, i = 0 .. n (the last symbol is `<end>`); float32.
 
-    Documents are scored side by side in rows of at most ROW_SYMBOLS; a longer one is cut into pieces that begin with
+    Documents are scored side by side in rows of bounded length; a longer one is cut into pieces that begin with
     as much of what stands before them as the model can see. Memory beside the result does not grow with the documents.
     """
     found: list[list[np.ndarray]] = [[] for _ in documents]
     score = _Scorer(model, num_symbols=sum(map(len, documents)) + len(documents))
-    for pieces in _rows(documents, sight=model.settings.sight):
+    longest = ROW_SYMBOLS if model.settings.layers else LOOKUP_ROW_SYMBOLS
+    for pieces in _rows(documents, longest=longest, sight=model.settings.sight):
         lengths = np.array([piece.end - piece.first for piece in pieces])
         ends = np.cumsum(lengths)
         numbers = np.repeat(np.arange(len(pieces)), lengths)
@@ -208,12 +209,12 @@ def _inputs(pieces: Sequence[_Piece], documents: Sequence[bytes], *, places: np.
     return inputs
 
 
-def _rows(documents: Sequence[bytes], *, sight: int) -> Iterator[list[_Piece]]:
+def _rows(documents: Sequence[bytes], *, longest: int, sight: int) -> Iterator[list[_Piece]]:
     row: list[_Piece] = []
     size = 0
-    for piece in _pieces(documents, sight=sight):
+    for piece in _pieces(documents, longest=longest, sight=sight):
         length = piece.end - piece.first
-        if row and size + length > ROW_SYMBOLS:
+        if row and size + length > longest:
             yield row
             row, size = [], 0
         row.append(piece)
@@ -222,10 +223,10 @@ def _rows(documents: Sequence[bytes], *, sight: int) -> Iterator[list[_Piece]]:
         yield row
 
 
-def _pieces(documents: Sequence[bytes], *, sight: int) -> Iterator[_Piece]:
+def _pieces(documents: Sequence[bytes], *, longest: int, sight: int) -> Iterator[_Piece]:
     for number, data in enumerate(documents):
-        for begin in range(0, len(data) + 1, ROW_SYMBOLS):
-            yield _Piece(number, max(0, begin - sight + 1), min(begin + ROW_SYMBOLS, len(data) + 1), begin)
+        for begin in range(0, len(data) + 1, longest):
+            yield _Piece(number, max(0, begin - sight + 1), min(begin + longest, len(data) + 1), begin)
 
 
 class ExactEntropy:

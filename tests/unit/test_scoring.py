@@ -56,6 +56,7 @@ def own(model: EntropyModel, data: bytes) -> np.ndarray:
 def test_scores_are_those_of_the_models_forward(form: str, row: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = made(FORMS[form])
     monkeypatch.setattr(entropy, "ROW_SYMBOLS", row)
+    monkeypatch.setattr(entropy, "LOOKUP_ROW_SYMBOLS", row)
     for data, nats in zip(documents(), entropies(model, documents()), strict=True):
         assert nats.dtype == np.float32 and nats.shape == (len(data) + 1,)
         np.testing.assert_allclose(nats, own(model, data), atol=1e-4)
@@ -79,7 +80,7 @@ def test_a_model_in_float64_is_scored_in_it() -> None:
 def test_a_memo_that_forgets_is_still_right(slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = made(LOOKUPS)
     monkeypatch.setattr(scoring, "MOST_SLOTS", slots)
-    monkeypatch.setattr(entropy, "ROW_SYMBOLS", 40)
+    monkeypatch.setattr(entropy, "LOOKUP_ROW_SYMBOLS", 40)
     for data, nats in zip(documents(), entropies(model, documents()), strict=True):
         np.testing.assert_allclose(nats, own(model, data), atol=1e-4)
 
