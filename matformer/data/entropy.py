@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,9 @@ from matformer.shapes import BEGIN, NUM_SYMBOLS, NUM_TARGETS
 SETTINGS_FILE, WEIGHTS_FILE = "entropy.json", "entropy.safetensors"
 ROW_SYMBOLS, LOOKUP_ROW_SYMBOLS = 1 << 14, 1 << 16
 """Symbols that are scored at once, with layers and without: memory stays flat however long a document is."""
+
+REMEMBERED = 1 << 14
+"""Exact entropies that are kept: of short contexts the same come again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,12 +244,17 @@ class ExactEntropy:
         double.load_state_dict(model.state_dict())
         self._model = double.double().eval().requires_grad_(False)
         self._sight = model.settings.sight
+        self._known = lru_cache(REMEMBERED)(self._after)
 
-    @torch.no_grad()
     def __call__(self, inputs: Int[np.ndarray, " n1"]) -> float:
         """Nats of the symbol after all of these inputs (`<begin>` and bytes)."""
         first = max(0, len(inputs) - self._sight)
-        kept = inputs[first:]
+        return self._known(inputs[first:].tobytes(), min(first, 1))
+
+    @torch.no_grad()
+    def _after(self, inputs: bytes, first: int) -> float:
+        """first: 0 if they are all there are, else 1, wherever they stand: only distances matter."""
+        kept = np.frombuffer(inputs, np.int64)
         missing = self._sight - len(kept)
         symbols = torch.from_numpy(np.concatenate([np.zeros(missing, np.int64), kept]))
         piece = torch.cat((torch.zeros(missing, dtype=torch.int64), torch.ones(len(kept), dtype=torch.int64)))

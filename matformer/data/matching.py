@@ -24,15 +24,16 @@ def pick_threshold(
 
     Raises DataError if no threshold gives so long or so short patches.
     """
-    symbols = sum(len(nats) for _, nats in documents)
+    nats = np.concatenate([own for _, own in documents])
+    firsts = np.cumsum([0] + [len(own) for _, own in documents[:-1]])
     below, above = 0.0, 10.0
     for _ in range(24):
         patcher.threshold = (below + above) / 2
-        patches = sum(len(patcher.rough_lengths(nats)) for _, nats in documents)
-        below, above = (patcher.threshold, above) if symbols / patches < mean_patch else (below, patcher.threshold)
+        found = len(nats) / patcher.rough_count(nats, firsts=firsts)
+        below, above = (patcher.threshold, above) if found < mean_patch else (below, patcher.threshold)
     threshold = round((below + above) / 2, 4)
     patcher.threshold = threshold
-    found = symbols / sum(len(patcher.rough_lengths(nats)) for _, nats in documents)
+    found = len(nats) / patcher.rough_count(nats, firsts=firsts)
     if threshold <= 0 or abs(found / mean_patch - 1) > TOLERANCE:
         raise DataError(
             f"a threshold must give patches of {mean_patch:g} symbols, got at best {found:.3f} with "

@@ -136,9 +136,15 @@ class EntropyPatcher(Patcher):
             excess[i] = self.exact_excess(inputs[: i + 1])
         return self._cut(excess > 0)
 
-    def rough_lengths(self, nats: np.ndarray) -> np.ndarray:
-        """As `lengths_of`, without a second look at what lies near the threshold: for picking one."""
-        return self._cut(self._excess(nats) > 0)
+    def rough_count(self, nats: np.ndarray, *, firsts: np.ndarray) -> int:
+        """Patches of documents one after the other, the first symbol of each at `firsts`.
+
+        Without a second look at what lies near the threshold: for picking one.
+        """
+        begins = self._excess(nats) > 0
+        begins[firsts] = True
+        runs = np.diff(np.flatnonzero(begins), append=len(begins))
+        return int((-(-runs // self.max_patch_bytes)).sum())
 
     def largest_excess(self, nats: np.ndarray) -> float:
         """How far the most surprising symbol is above the threshold."""

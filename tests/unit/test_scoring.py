@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from matformer.data import entropy, scoring
-from matformer.data.entropy import EntropyModel, EntropySettings, entropies, input_symbols
+from matformer.data.entropy import EntropyModel, EntropySettings, ExactEntropy, entropies, input_symbols
+from matformer.data.patching import EntropyPatcher
 from matformer.data.scoring import ContextMemo, context_keys, entropies_of_normed, entropy_of
 from matformer.parallel.seeds import generator
 
@@ -103,6 +104,25 @@ def test_the_memo_does_not_grow_with_the_text() -> None:
         for count in (10**6, 10**10)
     ]
     assert sizes[0] == sizes[1] < 20e6
+
+
+@pytest.mark.parametrize("monotonic", [False, True])
+def test_patches_of_all_documents_are_counted_at_once(monotonic: bool) -> None:
+    patcher = EntropyPatcher(made(LOOKUPS), threshold=0.2, max_patch_bytes=3, monotonic=monotonic)
+    found = entropies(patcher.model, documents())
+    patcher.threshold = 0.2 if monotonic else float(np.median(np.concatenate(found)))
+    firsts = np.cumsum([0] + [len(nats) for nats in found[:-1]])
+    patches = sum(len(patcher.lengths_of(data, nats=nats)) for data, nats in zip(documents(), found, strict=True))
+    assert patcher.rough_count(np.concatenate(found), firsts=firsts) == pytest.approx(patches, abs=3)
+
+
+def test_exact_entropies_are_asked_for_once_wherever_their_context_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact, asked = ExactEntropy(made(LOOKUPS)), []
+    forward = EntropyModel.forward
+    monkeypatch.setattr(EntropyModel, "forward", lambda *rest: asked.append(1) or forward(*rest))
+    found = [exact(input_symbols(data)) for data in (b"zzabcd", b"zzzzabcd", b"abcd", b"bcd")]
+    assert found[0] == found[1] == found[2] != found[3]
+    assert len(asked) == 2
 
 
 def test_contexts_have_one_key_exactly_if_they_are_one() -> None:
