@@ -59,7 +59,7 @@ from matformer.errors import DataError, MatformerError
 log = logging.getLogger(__name__)
 
 COMPLETE = "demo.json"
-LAYOUT = 3
+LAYOUT = 4
 TEXT_ONE_IN, CONCEPT_ONE_IN = 50, 10
 REAL_STAGES = 6
 ENTROPY_STEPS = {"demo": 400, "synthetic": 20}
