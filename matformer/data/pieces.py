@@ -44,6 +44,11 @@ class Pieces:
     def __len__(self) -> int:
         return self.processor.vocab_size()
 
+    @property
+    def unknown(self) -> int:
+        """The number that sentencepiece keeps for what it does not know; of ours it stands for nothing."""
+        return self.processor.unk_id()
+
     def ids(self, data: bytes) -> list[int]:
         """The pieces' numbers."""
         return self.processor.encode(as_text(data), out_type=int)
@@ -55,7 +60,7 @@ class Pieces:
     @cached_property
     def number_of(self) -> dict[bytes, int]:
         """The number of each piece's bytes; sentencepiece's own sign for the unknown stands for none."""
-        numbers = (number for number in range(len(self)) if number != self.processor.unk_id())
+        numbers = (number for number in range(len(self)) if number != self.unknown)
         return {as_bytes(self.processor.id_to_piece(number)): number for number in numbers}
 
     def decode(self, ids: Iterable[int]) -> bytes:
@@ -83,7 +88,7 @@ def load_pieces(path: Path) -> Pieces:
             "data.patcher.sentencepiece"
         ) from error
     every_byte = bytes(range(256)) + b"  a  "
-    known = all(number != pieces.processor.unk_id() for number in pieces.ids(every_byte))
+    known = all(number != pieces.unknown for number in pieces.ids(every_byte))
     if not known or pieces.decode(pieces.ids(every_byte)) != every_byte:
         raise DataError(
             f"{path} must give every byte back, got one that does not; make it with "

@@ -13,18 +13,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from matformer.config.schema import EvalConfig, RunConfig, SourceConfig
 from matformer.data.loader import heldout_batches, pack_documents
 from matformer.data.mixture import BadSamples, Mixture
 from matformer.data.packing import document_positions, with_noise
 from matformer.data.sources import Document, Stream, open_source
+from matformer.data.text_layout import patches_that_fit
 from matformer.data.text_rows import with_masks
 from matformer.engine.baselines import TIMES, Baselines, compute_baselines, ratio
 from matformer.engine.document_sums import Documents, document_sums, gather_documents, velocity_scalars
 from matformer.engine.paired import caption_gain
 from matformer.engine.restore import load_for_inference
 from matformer.hosts.base import Host
+from matformer.parcels import Batch
 from matformer.shapes import END
 
 log = logging.getLogger(__name__)
@@ -185,12 +189,23 @@ def _scored(table: Documents, sums: dict[str, np.ndarray], *, part: str, config:
         return _Score(sums[part], table.count(lambda batch: velocity_scalars(batch, part)), len(TIMES))
     bits = sums["text"] / math.log(2)
     num_bytes = table.count(lambda b: (b.text.document_U, b.text.symbol_U != END))
-    if config.model.text.objective == "masked_diffusion":  # the layout tells how many patches there are: paid for here
-        pieces = table.count(
-            lambda b: (b.text.document_U[b.text.place_U == 0], b.text.place_U[b.text.place_U == 0] + 1)
-        )
-        bits = bits + pieces * math.log2(config.data.sequence_latents)
-    return _Score(bits, num_bytes, MASK_DRAWS if config.model.diffuses_text else 1)
+    if not config.model.diffuses_text:
+        return _Score(bits, num_bytes, 1)
+    return _Score(bits + table.count(_diffused_pieces) * length_bits(config), num_bytes, MASK_DRAWS)
+
+
+def length_bits(config: RunConfig) -> float:
+    """What a piece of diffused text pays for its length and for whether it ends: masked padding tells both (0009)."""
+    text, room = config.model.text, config.data.sequence_latents
+    return math.log2(2 * patches_that_fit(room - 1, text, patches=room) * text.patch_bytes)
+
+
+def _diffused_pieces(batch: Batch) -> tuple[Tensor, Tensor]:
+    """The document of each piece of text (a header stands before its first patch), and 1 for each."""
+    text = batch.text
+    begins_U = (text.place_U == 0) & torch.isin(text.slot_P[text.patch_U] - 1, text.header_slot_J)
+    document_J = text.document_U[begins_U]
+    return document_J, torch.ones_like(document_J)
 
 
 def _below(table: Documents, score: _Score, *, part: str, rivals: Baselines) -> dict[str, float]:

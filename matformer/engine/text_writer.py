@@ -75,6 +75,7 @@ class TextWriter:
         if isinstance(self.patcher, TokenPatcher):
             end = len(logits_V) - 1
             logits_V[end] = -np.inf if first else logits_V[end]
+            logits_V[self.patcher.pieces.unknown] = -np.inf  # stands for no bytes
             piece = draw_answer(logits_V, draws=draws, dice=dice)
             data = [END] if piece == end else [*self.patcher.pieces.decode([piece])]
             for place, symbol in enumerate(data, start=1):
@@ -148,6 +149,7 @@ class _Pen:
 def write_texts(model: Matformer, rows: Sequence[Row], *, config: RunConfig, draws: Draws) -> list[TextSpan]:
     """One text span a row, its prompt continued until `<end>`, `draws.max_bytes` or the end of the sequence.
 
+    Of a vocabulary the last piece is whole, and may reach beyond `max_bytes`.
     Raises ParcelError where a prompt does not fit.
     """
     writer = TextWriter(model, rows, config=config)

@@ -36,6 +36,7 @@ class _Sheet:
     first: int  # symbol of the block in hand
     limit: int  # bytes that may be there in the end
     dice: np.random.Generator
+    asked: int = 0  # how many symbols of the block were hidden when it was begun
 
     @property
     def end(self) -> int:
@@ -52,16 +53,26 @@ class _Sheet:
         last = min(self.first + self.block, self.end)
         return self.first + np.flatnonzero(self.symbols[self.first : last] == MASK)
 
-    def fill(self, logits_UV: np.ndarray, *, share: float, draws: Draws) -> None:
-        """Guess what is hidden of the block, from logits of all its symbols, and keep all but `share` of the block."""
+    def begin(self) -> None:
+        """A new block is in hand."""
+        self.asked = len(self.hidden())
+
+    def fill(self, logits_UV: np.ndarray, *, step: int, draws: Draws) -> None:
+        """Guess what is hidden of the block, from logits of all its symbols; after each of its steps an equal share of
+        what was hidden at first may stay so, after the last nothing. Steps beyond are idle.
+        """
         places = self.hidden()
+        if not len(places):
+            return
+        steps = min(draws.steps, self.asked)
+        left = self.asked * max(0, steps - step - 1) // steps
         logits_RV = logits_UV[places - self.first]
         logits_RV[places == 0, END] = -np.inf  # no span of a document is empty
         guess = np.array([draw_answer(row, draws=draws, dice=self.dice) for row in logits_RV], np.int64)
         top_R1 = logits_RV.max(axis=1, keepdims=True)
         sure = np.take_along_axis(logits_RV - top_R1, guess[:, None], axis=1)[:, 0]
         sure = sure - np.log(np.exp(logits_RV - top_R1).sum(axis=1))
-        keep = np.argsort(-sure, kind="stable")[: len(places) - int(share * self.block)]
+        keep = np.argsort(-sure, kind="stable")[: max(0, len(places) - left)]
         self.symbols[places[keep]] = guess[keep]
         self.symbols[self.end + 1 :] = MASK
 
@@ -70,16 +81,18 @@ class _Sheet:
 def fill_texts(model: Matformer, rows: Sequence[Row], *, config: RunConfig, draws: Draws) -> list[TextSpan]:
     """One text span a row, its prompt continued to `<end>`, `draws.max_bytes` or the end of the sequence.
 
-    Raises ParcelError where a prompt does not fit.
+    A text that is filled in whole is as long as its number of patches, which is drawn evenly: in training `<end>`
+    stands in the last patch. Raises ParcelError where a prompt does not fit.
     """
     sheets = [_sheet(row, config=config, draws=draws) for row in rows]
     while live := [sheet for sheet in sheets if not sheet.done]:
         batch = _blocks_in_hand(live, config=config)
-        steps = min(draws.steps, max(sheet.block for sheet in live))
-        for step in range(steps):
+        for sheet in live:
+            sheet.begin()
+        for step in range(min(draws.steps, max(sheet.asked for sheet in live))):
             logits = _logits(model, batch, live)
             for sheet, logits_UV in zip(live, logits, strict=True):
-                sheet.fill(logits_UV, share=1.0 - (step + 1) / steps, draws=draws)
+                sheet.fill(logits_UV, step=step, draws=draws)
         for sheet in live:
             sheet.first += sheet.block
     patcher = build_patcher(config.data.patcher)
@@ -107,11 +120,15 @@ def _sheet(row: Row, *, config: RunConfig, draws: Draws) -> _Sheet:
             f"a prompt must leave room in {config.data.sequence_latents} latents, got {len(row.prompt)} bytes where "
             f"{size} symbols fit; shorten it"
         )
+    dice = dice_of(draws, row, "text")
+    if whole:
+        fewest = len(row.prompt) // text.patch_bytes + 1
+        size = int(dice.integers(fewest, size // text.patch_bytes, endpoint=True)) * text.patch_bytes
     symbols = np.full(size, MASK, np.int64)
     symbols[: len(row.prompt)] = np.frombuffer(row.prompt, np.uint8)
     block = size if whole else text.block_patches * text.patch_bytes
     first = len(row.prompt) // block * block
-    return _Sheet(spans, symbols, block, first, limit, dice_of(draws, row, "text"))
+    return _Sheet(spans, symbols, block, first, limit, dice)
 
 
 def _blocks_in_hand(sheets: Sequence[_Sheet], *, config: RunConfig) -> Batch:

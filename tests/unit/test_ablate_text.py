@@ -22,9 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "ablate"))  # tools
 import arms
 import cost
 import document as paper
+import jobs
 import text_frontends
-
-import runs
 
 TEXTS = (b"a text of some words, longer than a window", b"\xc3\xa9 and another", b"third")
 
@@ -93,7 +92,7 @@ def test_an_arm_is_a_config_that_can_run(arm: str) -> None:
     config, reference = arms.load_arm(arm), arms.load_arm(arms.REFERENCE)
     assert config.name == arm
     assert config.model.atto == reference.model.atto
-    assert config.train == reference.train or arm == "block_diffusion"
+    assert config.train == reference.train
     assert config.eval == reference.eval and config.data.sources == reference.data.sources
 
 
@@ -145,15 +144,15 @@ def test_a_difference_is_taken_document_by_document() -> None:
 
 
 def test_a_run_is_done_when_it_finished_under_the_same_config(tmp_path: Path) -> None:
-    job = runs.Job("static", 1, 12, arms.config_file("static"), tmp_path)
-    assert job.folder == tmp_path / "static-seed1-steps12" and not runs.finished(job)
+    job = jobs.Job("static", 1, 12, arms.config_file("static"), tmp_path)
+    assert job.folder == tmp_path / "static-seed1-steps12" and not jobs.finished(job)
     job.folder.mkdir()
     save_resolved(arms.load_arm("static", job.keys), job.folder / "config.yaml")
-    assert not runs.finished(job)
+    assert not jobs.finished(job)
     (job.folder / "finished").touch()
-    assert runs.finished(job)
-    other = runs.Job("static", 1, 12, arms.config_file("static"), tmp_path, overrides=("train.lr=1e-3",))
-    assert not runs.finished(other)
+    assert jobs.finished(job)
+    other = jobs.Job("static", 1, 12, arms.config_file("static"), tmp_path, overrides=("train.lr=1e-3",))
+    assert not jobs.finished(other)
 
 
 def results(*, num_bytes: int = 400_000) -> dict[str, Any]:
@@ -183,6 +182,7 @@ def results(*, num_bytes: int = 400_000) -> dict[str, Any]:
             "seeds": [0, 1],
             "heldout_documents": 500,
             "heldout_bytes": 200_000,
+            "curve_bytes": 10_000,
             "vocabulary": 30_000,
             "thresholds": {"entropy": 2.5},
         },

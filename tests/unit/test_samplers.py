@@ -26,7 +26,7 @@ from matformer.config.schema import (
     TrainConfig,
 )
 from matformer.data.packing import build_batch
-from matformer.data.patching import build_patcher, text_symbols
+from matformer.data.patching import TokenPatcher, build_patcher, text_symbols
 from matformer.data.pieces import train_pieces
 from matformer.data.sources import Document, MediaSpan, TextSpan, media_span, text_span
 from matformer.engine.continuation import ask, continue_rows
@@ -139,6 +139,18 @@ def test_logits_of_pieces_in_generation_are_those_of_the_whole_document(tmp_path
         written = pen.span()
         assert written.data == span.data and written.tokens is not None and span.tokens is not None
         assert written.tokens.tolist() == span.tokens.tolist()
+
+
+def test_what_sentencepiece_does_not_know_is_never_written(tmp_path: Path) -> None:
+    run = token_config(tmp_path)
+    model, patcher = random_model(run), build_patcher(run.data.patcher, vocabulary=264)
+    assert isinstance(patcher, TokenPatcher)
+    writer = TextWriter(model, [Row(0)], config=run)
+    logits = np.zeros(265)
+    logits[patcher.pieces.unknown] = 50.0
+    for _ in range(3):
+        writer.write(writer.pens[0], logits.copy(), draws=Draws(temperature=0.0), dice=np.random.default_rng(0))
+    assert len(writer.pens[0].data) >= 3 and writer.pens[0].span().tokens is not None
 
 
 @pytest.mark.parametrize("kind", ["static", "space", "blt", "bpe"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -33,11 +34,12 @@ from matformer.data.sources import Document, MediaSpan, TextSpan, merge_spans
 from matformer.data.text_layout import patches_that_fit, text_positions
 from matformer.data.text_rows import with_masks
 from matformer.engine.draws import Draws, Row
-from matformer.engine.evaluate import MASK_DRAWS
-from matformer.engine.unmask import fill_texts
+from matformer.engine.evaluate import MASK_DRAWS, _diffused_pieces, length_bits
+from matformer.engine.unmask import _Sheet, fill_texts
 from matformer.errors import ConfigError, ParcelError
 from matformer.losses.text import symbol_nats
 from matformer.model import Matformer
+from matformer.parallel.seeds import generator
 from matformer.parcels import Batch, Grid, Kind
 from matformer.shapes import END, MASK, NUM_TARGETS
 from tests.made import as_diffused, image, plain_host, tiny_run
@@ -272,8 +274,10 @@ def test_the_loss_is_that_of_the_paper(objective: str) -> None:
     total = 0.0
     for place in range(len(text.symbol_U)):
         if text.coda_input_U[place] == MASK and text.scored_U[place]:
+            block = int(text.piece_U[place])  # of its document too: there is one
+            time = (7 + generator(0, "heldout mask", "a", block, 7).random()) / MASK_DRAWS
             probability = logits[place].softmax(0)[text.symbol_U[place]]
-            total += float(-probability.log() * text.weight_U[place])
+            total += float(-probability.log()) / ((1 - 1e-3) * time + 1e-3)
     sums = model(batch)
     assert isinstance(sums, dict) and total > 0
     assert float(sums["text"].sum()) == pytest.approx(total, rel=1e-6)
@@ -296,6 +300,60 @@ def test_the_bound_is_exact_where_the_guess_does_not_depend_on_what_is_seen(obje
     blocks = int(batch.text.piece_U.max()) + 1
     assert abs(float(mean) - 1.0) < 5 * math.sqrt(6.0 / (30 * 16 * blocks))
     assert torch.stack(weights).max() > 3
+
+
+@pytest.mark.parametrize(
+    ("objective", "patch", "block", "sizes"),
+    [
+        ("masked_diffusion", 4, 1, range(4, 8)),
+        ("block_diffusion", 4, 1, range(4, 8)),
+        ("block_diffusion", 2, 4, range(8, 16)),
+    ],
+)
+def test_the_bound_holds_for_every_predictor(objective: str, patch: int, block: int, sizes: range) -> None:
+    """Texts that differ in their length alone, and the best predictor for exactly them, as a table over what is seen.
+
+    Bits of a code for N texts keep sum 2^-bits <= 1 (Kraft). Without paying for the length they would not.
+    """
+    text = run_of(objective).model.text.model_dump() | {"patch_bytes": patch, "block_patches": block}
+    model = ModelConfig.model_validate(run_of(objective).model.model_dump() | {"text": text})
+    run = run_of(objective)
+    run = run.model_copy(update={"model": model, "data": run.data.model_copy(update={"sequence_latents": 20})})
+    documents = [Document(str(n), merge_spans((b"a" * n,), StaticPatcher(patch))) for n in sizes]
+    pieces = [[Piece(one, Place(), Place(1))] for one in documents]
+    batch = pack_batch(pieces, [draw_zeros] * len(pieces), model=model, sequence_latents=20)
+    weights: dict[tuple[object, ...], dict[tuple[int, int], float]] = {}
+    draws = 40
+    for seed, number in itertools.product(range(draws), range(MASK_DRAWS)):
+        units = with_masks(batch, number=number, draws=MASK_DRAWS, seed=seed).text
+        for piece in range(int(units.piece_U.max()) + 1):
+            here = units.piece_U == piece
+            document = int(units.document_U[here][0])
+            block_of = piece - int(units.piece_U[units.document_U == document].min())
+            seen = tuple(units.coda_input_U[here].tolist())
+            for place, (weight, symbol) in enumerate(
+                zip(units.weight_U[here].tolist(), units.symbol_U[here].tolist(), strict=True)
+            ):
+                if weight:
+                    told = weights.setdefault((block_of, seen, place), {})
+                    told[document, symbol] = told.get((document, symbol), 0.0) + weight
+    bits = np.zeros(len(documents))
+    for told in weights.values():
+        of_symbol = {s: sum(w for (_, symbol), w in told.items() if symbol == s) for _, s in told}
+        total = sum(of_symbol.values())
+        for (document, symbol), weight in told.items():
+            bits[document] -= weight * math.log2(of_symbol[symbol] / total) / (draws * MASK_DRAWS)
+    assert (2.0**-bits).sum() > 1.2, "the fault that the code for the length mends"
+    assert (2.0 ** -(bits + length_bits(run))).sum() <= 1.0
+
+
+def test_each_piece_pays_for_its_length_once_a_draw() -> None:
+    for objective in OBJECTIVES:
+        run = run_of(objective)
+        documents = [document("a", b"abcdefghijkl", image(1), b"xy"), document("b", b"a")]
+        batch = packed([documents], model=run.model, length=90)
+        pieces, ones = _diffused_pieces(batch)
+        assert pieces.tolist() == [0, 0, 1] and ones.tolist() == [1, 1, 1]
 
 
 def test_masks_have_the_law_of_their_time() -> None:
@@ -376,10 +434,38 @@ def test_a_text_holds_its_prompt_and_is_a_function_of_its_seed(objective: str) -
         assert span.data.startswith(row.prompt) and 0 < len(span.data) <= len(row.prompt) + 20
         assert span.patch_lengths.sum() == len(span.data) + span.ended
     assert [one.data for one in fill_texts(model, rows, config=run, draws=draws)] == [one.data for one in spans]
-    alone = [fill_texts(model, [row], config=run, draws=draws)[0].data for row in rows]
-    assert alone == [one.data for one in spans]
+    for steps in (5, 50):  # fewer and more than a block has symbols
+        these = replace(draws, steps=steps)
+        alone = [fill_texts(model, [row], config=run, draws=these)[0].data for row in rows]
+        assert alone == [one.data for one in fill_texts(model, rows, config=run, draws=these)]
     other = fill_texts(model, rows, config=run, draws=replace(draws, seed=6))
     assert [one.data for one in other] != [one.data for one in spans]
+
+
+def test_an_equal_share_of_what_was_hidden_is_filled_in_each_step() -> None:
+    for known, steps in ((0, 6), (7, 6), (0, 50), (9, 3)):
+        symbols = np.full(24, MASK, np.int64)
+        symbols[:known] = 97
+        sheet = _Sheet((), symbols, 24, 0, 24, np.random.default_rng(0))
+        sheet.begin()
+        logits = np.zeros((24, NUM_TARGETS))
+        logits[:, END] = -np.inf
+        left = []
+        for step in range(50):
+            sheet.fill(logits.copy(), step=step, draws=Draws(steps=steps, temperature=1.0))
+            left.append(len(sheet.hidden()))
+        taken = -np.diff([24 - known, *left])
+        used = min(steps, 24 - known)
+        assert left[used - 1] == 0 and taken[:used].max() - taken[:used].min() <= 1, (known, steps, taken)
+
+
+def test_a_text_filled_in_whole_is_as_long_as_it_is_drawn() -> None:
+    run = sampling_run("masked_diffusion")
+    model = model_of(run, torch.float32)
+    model.code["text"] = Says(lambda place: 97)
+    rows = [Row(number, prompt=b"xyzw") for number in range(40)]
+    sizes = [len(one.data) for one in fill_texts(model, rows, config=run, draws=Draws(max_bytes=26, steps=2))]
+    assert min(sizes) == 6 and max(sizes) == 30 and len(set(sizes)) > 6
 
 
 class Says(torch.nn.Module):
@@ -403,10 +489,18 @@ def test_the_first_end_ends_a_text(objective: str) -> None:
     model = model_of(run, torch.float32)
     model.code["text"] = Says(lambda place: END if place >= 4 else 97 + place)
     spans = fill_texts(model, [Row(0), Row(1, prompt=b"xy")], config=run, draws=Draws(max_bytes=30, steps=3))
-    assert [(span.data, span.ended) for span in spans] == [(b"abcd", True), (b"xycd", True)]
+    wanted = [(b"abcd", True), (b"xycd", True)]
+    if objective == "block_diffusion":
+        assert [(span.data, span.ended) for span in spans] == wanted
+    else:  # where the length that was drawn is shorter, the text is cut before its end
+        assert all(
+            full.startswith(span.data) and span.ended == (span.data == full)
+            for span, (full, _) in zip(spans, wanted, strict=True)
+        )
     model.code["text"] = Says(lambda place: 97)
     [full] = fill_texts(model, [Row(0, prompt=b"b")], config=run, draws=Draws(max_bytes=10, steps=3))
-    assert (full.data, full.ended) == (b"b" + b"a" * 10, False)
+    assert full.data == b"b" + b"a" * (len(full.data) - 1) and not full.ended
+    assert len(full.data) == 11 or objective == "masked_diffusion"
 
 
 @each_objective

@@ -134,7 +134,8 @@ def _origin(config: RunConfig, *, models: set[str]) -> dict[str, str]:
     manifest = Path(config.data.root, source.path, "train", "manifest.json").read_bytes()
     amounts = f"{SYMBOLS_A_LATENT} {MATCHED_ON_BYTES} {LEARNED_FROM_BYTES} {config.data.patcher.max_patch_bytes}"
     found = {"text": hashlib.sha256(manifest).hexdigest(), "amounts": amounts}
-    return found | {model: load_entropy_model(Path(model)).fingerprint for model in sorted(models)}
+    fingerprints = [load_entropy_model(Path(model)).fingerprint for model in sorted(models)]
+    return found | ({"entropy models": " ".join(fingerprints)} if fingerprints else {})
 
 
 def _kept(path: Path, *, made_from: dict[str, str]) -> Prepared:

@@ -39,11 +39,11 @@ from arms import (
 )
 from cost import Cost, cost_of
 from document import write
+from jobs import Job, curve, score_all, train_all
 
 from matformer.config.schema import RunConfig
 from matformer.engine.baselines import compute_baselines, ratio
 from matformer.errors import ConfigError, MatformerError
-from runs import Job, curve, score_all, train_all
 
 log = logging.getLogger("ablate")
 
@@ -89,12 +89,17 @@ def ablate(asked: argparse.Namespace) -> dict[str, Any]:
     jobs = _jobs(asked, costs, overrides=overrides)
     everything = [job for table in jobs.values() for arm in table.values() for job in arm]
     train_all(everything, at_once=asked.jobs)
-    scores = score_all(everything, at_once=asked.jobs)
+    scores = score_all(everything, at_once=asked.jobs, num_bytes=asked.heldout_bytes)
     results = {
-        "made": _made(asked, prepared, scores[jobs["bytes"][REFERENCE][0]]),
+        "made": _made(
+            asked,
+            prepared,
+            scores[jobs["bytes"][REFERENCE][0]],
+            curve_bytes=configs[REFERENCE].eval.text_bytes,
+        ),
         "reference": REFERENCE,
         "arms": {arm: {"symbols_a_latent": symbols[arm], **asdict(costs[arm])} for arm in asked.arms},
-        "baselines": _baselines(configs[REFERENCE]),
+        "baselines": _baselines(configs[REFERENCE], num_bytes=asked.heldout_bytes),
         "tables": {name: _table(table, costs, scores=scores) for name, table in jobs.items()},
         "paired": {name: _paired(table, scores=scores) for name, table in jobs.items()},
     }
@@ -121,13 +126,15 @@ def require_same_context(costs: Mapping[str, Cost]) -> None:
 
 
 def difference(scores: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Bits per byte above the reference's on the same documents, seed against seed; stderr over documents."""
+    """Bits per byte above the reference's on the same documents, seed against seed; stderr over documents and seeds."""
     assert all(one["keys"] == reference[0]["keys"] and one["bytes"] == reference[0]["bytes"] for one in scores)
     sizes = np.array(reference[0]["bytes"])
     ES = np.array([one["bits"] for one in scores]) - np.array([one["bits"] for one in reference])
     found = ratio(ES.mean(0), sizes)
-    stderr = found.stderr if np.isfinite(found.stderr) else None
-    return {"value": found.value, "stderr": stderr, "by_seed": (ES.sum(1) / sizes.sum()).tolist()}
+    by_seed = ES.sum(1) / sizes.sum()
+    of_seeds = by_seed.std(ddof=1) / len(by_seed) ** 0.5 if len(by_seed) > 1 else 0.0
+    stderr = float(np.hypot(found.stderr, of_seeds)) if np.isfinite(found.stderr) else None
+    return {"value": found.value, "stderr": stderr, "by_seed": by_seed.tolist()}
 
 
 def _prepared_keys(arm: str, prepared: Prepared, overrides: Sequence[str]) -> list[str]:
@@ -190,12 +197,14 @@ def _paired(table: Mapping[str, Sequence[Job]], *, scores: Scores) -> dict[str, 
     }
 
 
-def _baselines(config: RunConfig) -> dict[str, float]:
-    found = compute_baselines(config, text_bytes=config.eval.final_text_bytes or config.eval.text_bytes, media_spans=0)
+def _baselines(config: RunConfig, *, num_bytes: int) -> dict[str, float]:
+    found = compute_baselines(config, text_bytes=num_bytes, media_spans=0)
     return {label: found.numbers[name] for name, label in BASELINES.items() if name in found.numbers}
 
 
-def _made(asked: argparse.Namespace, prepared: Prepared, score: Mapping[str, Any]) -> dict[str, Any]:
+def _made(
+    asked: argparse.Namespace, prepared: Prepared, score: Mapping[str, Any], *, curve_bytes: int
+) -> dict[str, Any]:
     """When, where and with what."""
     return {
         "command": " ".join(["python", "tools/ablate/text_frontends.py", *(asked.command or [])]),
@@ -206,6 +215,7 @@ def _made(asked: argparse.Namespace, prepared: Prepared, score: Mapping[str, Any
         "seeds": asked.seeds,
         "heldout_documents": len(score["keys"]),
         "heldout_bytes": sum(score["bytes"]),
+        "curve_bytes": curve_bytes,
         "vocabulary": prepared.vocabulary,
         "thresholds": prepared.thresholds,
     }
@@ -223,6 +233,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--arms", type=lambda text: text.split(","), default=list(ARMS))
     parser.add_argument("--seeds", type=lambda text: [int(one) for one in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--bytes", type=int, default=400_000, help="of text that a run of the first table sees")
+    parser.add_argument("--heldout-bytes", type=int, default=100_000, help="that every run is scored on")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at once, a thread each")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation/text"))
     parser.add_argument("--document", type=Path, default=Path("docs/results/text_frontends.md"))

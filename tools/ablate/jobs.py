@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -39,7 +40,7 @@ class Job:
     config: Path
     runs: Path
     overrides: tuple[str, ...] = ()
-    evaluations: int = 5
+    evaluations: int = 3
 
     @property
     def folder(self) -> Path:
@@ -89,23 +90,29 @@ def _train(job: Job) -> None:
     log.info("trained %s", job.folder.name)
 
 
-def score_all(jobs: Sequence[Job], *, at_once: int) -> dict[Job, dict[str, Any]]:
-    """For each job, `bits` and `bytes` of each held-out document under the last weights."""
-    todo = [job for job in dict.fromkeys(jobs) if not (job.folder / SCORES_FILE).is_file()]
+def score_all(jobs: Sequence[Job], *, at_once: int, num_bytes: int) -> dict[Job, dict[str, Any]]:
+    """For each job, `bits` and `bytes` of each document of `num_bytes` of held-out text under the last weights."""
+    todo = [job for job in dict.fromkeys(jobs) if not _scored(job, num_bytes=num_bytes)]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(at_once, mp_context=context, initializer=settle, initargs=(1,)) as pool:
-        for _ in pool.map(score, [job.folder for job in todo]):
+        for _ in pool.map(functools.partial(score, num_bytes=num_bytes), [job.folder for job in todo]):
             pass
     return {job: json.loads((job.folder / SCORES_FILE).read_text(encoding="utf-8")) for job in dict.fromkeys(jobs)}
 
 
-def score(folder: Path) -> None:
-    """Held-out documents of the run's eval.final_text_bytes, whole or not at all into its folder."""
+def _scored(job: Job, *, num_bytes: int) -> bool:
+    path = job.folder / SCORES_FILE
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["asked"] == num_bytes
+
+
+def score(folder: Path, *, num_bytes: int) -> None:
+    """Held-out documents of `num_bytes`, whole or not at all into the run's folder."""
     config, host, _ = load_for_inference(folder, ema=False)
-    asked = config.eval.model_copy(update={"text_bytes": config.eval.final_text_bytes or config.eval.text_bytes})
+    asked = config.eval.model_copy(update={"text_bytes": num_bytes})
     scored = text_by_document(host, config.model_copy(update={"eval": asked}))
     keys = sorted(scored)  # arms may pack them in another order
-    found = {"keys": keys, "bits": [scored[key][0] for key in keys], "bytes": [scored[key][1] for key in keys]}
+    bits, sizes = ([scored[key][part] for key in keys] for part in (0, 1))
+    found = {"asked": num_bytes, "keys": keys, "bits": bits, "bytes": sizes}
     beside = folder / f".{SCORES_FILE}.{os.getpid()}"
     beside.write_text(json.dumps(found), encoding="utf-8")
     os.replace(beside, folder / SCORES_FILE)
