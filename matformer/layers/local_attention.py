@@ -1,4 +1,4 @@
-"""Attention inside a window over one long row of symbols, causal or both ways: memory linear in their number.
+"""Attention inside a window over one long row of symbols: memory linear in their number.
 
 The row holds many pieces, one after the other. It is folded into chunks; a query sees its own chunk and as many before
 it as a window reaches back, so that no window is ever missed and no matrix over all symbols exists. A window of up to
@@ -10,7 +10,7 @@ LONGEST_CHUNK symbols is a chunk, and one chunk before it is enough:
     query 2      . . . x             x x x .
     query 3      . . . .             x x x x          (W = 4, one piece)
 
-Both ways, as many chunks after it are seen as before it.
+Where symbols look both ways (text diffusion), as many chunks after it are seen as before it.
 """
 
 from __future__ import annotations
@@ -48,25 +48,23 @@ def local_view(
     rotary_base: float = 10_000.0,
     both_ways: bool = False,
 ) -> LocalView:
-    """A symbol sees itself and the window - 1 symbols before it, inside its own piece; `both_ways`: and after it.
+    """A symbol sees itself and the window - 1 symbols before it, and those after it if `both_ways`, in its own piece.
 
     An empty row gives one chunk of padding, so that every layer runs and every weight has a gradient.
     """
     chunk = min(window, LONGEST_CHUNK)
     num_chunks = max(1, -(-piece_U.numel() // chunk))
-    chunks_back = min(-(-(window - 1) // chunk), num_chunks - 1) if window > chunk else 1
+    back = min(-(-(window - 1) // chunk), num_chunks - 1) if window > chunk else 1
+    ahead = back if both_ways else 0
     missing = num_chunks * chunk - piece_U.numel()
     piece = F.pad(piece_U, (0, missing), value=-1).view(num_chunks, chunk)
     place = torch.arange(num_chunks * chunk, device=piece_U.device).view(num_chunks, chunk)
-    chunks_ahead = chunks_back if both_ways else 0
-    keys_piece, keys_place = (
-        _with_neighbours(x, back=chunks_back, ahead=chunks_ahead, fill=-2) for x in (piece, place)
-    )
+    keys_piece, keys_place = (_with_neighbours(x, back=back, ahead=ahead, fill=-2) for x in (piece, place))
     distance = place[:, :, None] - keys_place[:, None, :]
-    within = distance.abs() < window if both_ways else (distance >= 0) & (distance < window)
-    visible = (piece[:, :, None] == keys_piece[:, None, :]) & within
+    near = distance.abs() < window if both_ways else (distance >= 0) & (distance < window)
+    visible = (piece[:, :, None] == keys_piece[:, None, :]) & near
     rotary = rotary_tables(place_U[:, None], pairs=(head_size // 2,), bases=(rotary_base,))
-    return LocalView(visible, rotary, chunks_back, chunks_ahead)
+    return LocalView(visible, rotary, back, ahead)
 
 
 def _with_neighbours(x_CW: Tensor, *, back: int, ahead: int, fill: int) -> Tensor:
@@ -77,7 +75,7 @@ def _with_neighbours(x_CW: Tensor, *, back: int, ahead: int, fill: int) -> Tenso
 
 
 class LocalAttention(nn.Module):
-    """Multi-head attention of symbols over the window before them."""
+    """Multi-head attention of symbols over the window that their view shows."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,7 @@ def pieces(sizes: list[int]) -> tuple[Tensor, Tensor]:
     return piece, torch.cat([torch.arange(size) for size in sizes])
 
 
-def dense(attention: LocalAttention, x_UD: Tensor, sizes: list[int], *, window: int, both_ways: bool) -> Tensor:
+def dense(attention: LocalAttention, x_UD: Tensor, sizes: list[int], *, window: int, both_ways: bool = False) -> Tensor:
     """The same weights, a full matrix with a band for each piece, and rotary positions by complex numbers."""
     piece, place = pieces(sizes)
     query, key, value = attention.query_key_value(x_UD).view(len(x_UD), 3, HEADS, -1).unbind(1)
@@ -34,8 +36,7 @@ def dense(attention: LocalAttention, x_UD: Tensor, sizes: list[int], *, window: 
         return torch.cat((y.real, y.imag), -1)
 
     distance = torch.arange(len(x_UD))[:, None] - torch.arange(len(x_UD))
-    band = (piece[:, None] == piece) & (distance.abs() < window)
-    band = band if both_ways else band & (distance >= 0)
+    band = (piece[:, None] == piece) & (distance.abs() < window) & (both_ways | (distance >= 0))
     query, key, value = (x.transpose(0, 1) for x in (turned(query), turned(key), value))
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=band)
     return attention.output(out.transpose(0, 1).flatten(1))
@@ -54,12 +55,31 @@ def test_local_attention_is_dense_attention_with_a_band_for_each_piece(
     attention = LocalAttention(WIDTH, HEADS).double()
     x = torch.randn(sum(sizes), WIDTH, dtype=torch.float64, requires_grad=True)
     piece, place = pieces(sizes)
-    got = attention(x, local_view(piece, place, window=window, head_size=WIDTH // HEADS, both_ways=both_ways))
-    expected = dense(attention, x, sizes, window=window, both_ways=both_ways)
+    view = local_view(piece, place, window=window, head_size=WIDTH // HEADS, both_ways=both_ways)
+    got, expected = attention(x, view), dense(attention, x, sizes, window=window, both_ways=both_ways)
     torch.testing.assert_close(got, expected, rtol=0, atol=SAME_SUM[torch.float64])
-    weight = torch.randn_like(got)
-    seen, wanted = (torch.autograd.grad((y * weight).sum(), x)[0] for y in (got, expected))
-    torch.testing.assert_close(seen, wanted, rtol=0, atol=SAME_SUM[torch.float64])
+    weight, inputs = torch.randn_like(got), (x, *attention.parameters())
+    seen, wanted = (torch.autograd.grad((y * weight).sum(), inputs) for y in (got, expected))
+    for mine, other in zip(seen, wanted, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=SAME_SUM[torch.float64])
+
+
+@pytest.mark.parametrize("wrong", [{"window": 4}, {"window": 6}, {"both_ways": False}, {"sizes": [20, 17]}])
+def test_the_dense_matrix_tells_a_wrong_mask_from_the_right_one(
+    wrong: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_attention, "LONGEST_CHUNK", 3)
+    torch.manual_seed(0)
+    attention = LocalAttention(WIDTH, HEADS).double()
+    asked: dict[str, Any] = {"sizes": [21, 16], "window": 5, "both_ways": True}
+    x = torch.randn(37, WIDTH, dtype=torch.float64)
+    expected = dense(attention, x, **asked)
+    for changed, differs in (({}, False), (wrong, True)):
+        mine = asked | changed
+        view = local_view(
+            *pieces(mine["sizes"]), window=mine["window"], head_size=WIDTH // HEADS, both_ways=mine["both_ways"]
+        )
+        assert ((attention(x, view) - expected).abs().max() > 1e-4) == differs
 
 
 def test_an_empty_row_runs_and_gives_every_weight_a_gradient_of_zeros() -> None:
@@ -72,17 +92,19 @@ def test_an_empty_row_runs_and_gives_every_weight_a_gradient_of_zeros() -> None:
         assert weight.grad is not None and not weight.grad.any(), name
 
 
-def test_a_symbol_sees_its_window_inside_its_piece_and_nothing_else() -> None:
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_a_symbol_sees_its_window_inside_its_piece_and_nothing_else(both_ways: bool) -> None:
     torch.manual_seed(0)
     attention, sizes, window = LocalAttention(WIDTH, HEADS), [6, 5], 3
-    view = local_view(*pieces(sizes), window=window, head_size=WIDTH // HEADS)
+    view = local_view(*pieces(sizes), window=window, head_size=WIDTH // HEADS, both_ways=both_ways)
     x = torch.randn(11, WIDTH, requires_grad=True)
     out = attention(x, view)
     seen = [
         torch.autograd.grad(out[i].sum(), x, retain_graph=True)[0].abs().sum(1).nonzero().flatten() for i in range(11)
     ]
-    firsts = [0] * 6 + [6] * 5
-    assert [s.tolist() for s in seen] == [list(range(max(firsts[i], i - window + 1), i + 1)) for i in range(11)]
+    firsts, ends = [0] * 6 + [6] * 5, [6] * 6 + [11] * 5
+    last = [min(ends[i], i + window) if both_ways else i + 1 for i in range(11)]
+    assert [s.tolist() for s in seen] == [list(range(max(firsts[i], i - window + 1), last[i])) for i in range(11)]
 
 
 def test_rotary_scores_depend_on_differences_of_positions_alone() -> None:
