@@ -54,12 +54,17 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, sign: int) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
     turned = torch.empty_like(x, memory_format=torch.contiguous_format)
-    lower, upper = turned.chunk(2, dim=-1)
+    turn(x, cos, sin, sign=sign, out=turned)
+    return turned
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor, *, sign: int, out: Tensor) -> None:
+    """Writes `x` turned by sign times the angles into `out`, of the same shape; no part of the graph."""
+    first, second = x.chunk(2, dim=-1)
+    lower, upper = out.chunk(2, dim=-1)
     torch.mul(first, cos, out=lower).addcmul_(second, sin, value=-sign)
     torch.mul(second, cos, out=upper).addcmul_(first, sin, value=sign)
-    return turned
 
 
 def masked_attention(

@@ -10,11 +10,13 @@ LONGEST_CHUNK symbols is a chunk, and one chunk before it is enough:
     query 2      . . . x             x x x .
     query 3      . . . .             x x x x          (W = 4, one piece)
 
-Where symbols look both ways (text diffusion), as many chunks after it are seen as before it.
+Where symbols look both ways (text diffusion), as many chunks after it are seen as before it. On CPU there are tiles
+instead of chunks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,18 +27,26 @@ from torch import Tensor, nn
 from matformer.layers.attention import Rotary, rotary_tables, rotate
 from matformer.layers.feed_forward import SwiGLU
 from matformer.layers.norm import RMSNorm
+from matformer.layers.tiles import Tile, run_tiles, self_attention
 
 LONGEST_CHUNK = 64
 
 
 @dataclass(frozen=True, slots=True)
-class LocalView:
-    """What all local layers of one forward share: the folded mask and the rotary tables of the symbols."""
+class Folded:
+    """Who sees whom once the row is folded into chunks, each with its neighbours as keys."""
 
     visible_CWT: Bool[Tensor, "C W T"]
+    back: int
+    ahead: int
+
+
+@dataclass(frozen=True, slots=True)
+class LocalView:
+    """What all local layers of one forward share: who sees whom, and the rotary tables of the symbols."""
+
+    seen: Folded | Sequence[Tile]
     rotary: Rotary
-    chunks_back: int
-    chunks_ahead: int
 
 
 def local_view(
@@ -47,11 +57,30 @@ def local_view(
     head_size: int,
     rotary_base: float = 10_000.0,
     both_ways: bool = False,
+    tiled: bool | None = None,
 ) -> LocalView:
     """A symbol sees itself and the window - 1 symbols before it, and those after it if `both_ways`, in its own piece.
 
-    An empty row gives one chunk of padding, so that every layer runs and every weight has a gradient.
+    Pieces are runs of the row. `tiled`: by tiles (see layers/tiles.py) and not folded; by default where the CPU is.
     """
+    rotary = rotary_tables(place_U[:, None], pairs=(head_size // 2,), bases=(rotary_base,))
+    if tiled or (tiled is None and piece_U.device.type == "cpu"):
+        return LocalView(_tiles(piece_U, window=window, both_ways=both_ways), rotary)
+    return LocalView(_folded(piece_U, window=window, both_ways=both_ways), rotary)
+
+
+def _tiles(piece_U: Int[Tensor, " U"], *, window: int, both_ways: bool) -> Sequence[Tile]:
+    """Of the run of symbols that each symbol sees."""
+    size = torch.unique_consecutive(piece_U, return_counts=True)[1]
+    end = size.cumsum(0)
+    first_U, end_U = (x.repeat_interleave(size) for x in (end - size, end))
+    place = torch.arange(piece_U.numel(), device=piece_U.device)
+    newest = torch.minimum(end_U, place + window) if both_ways else place + 1
+    return run_tiles(torch.maximum(first_U, place - window + 1), newest)
+
+
+def _folded(piece_U: Int[Tensor, " U"], *, window: int, both_ways: bool) -> Folded:
+    """An empty row gives one chunk of padding, so that every layer runs and every weight has a gradient."""
     chunk = min(window, LONGEST_CHUNK)
     num_chunks = max(1, -(-piece_U.numel() // chunk))
     back = min(-(-(window - 1) // chunk), num_chunks - 1) if window > chunk else 1
@@ -62,9 +91,7 @@ def local_view(
     keys_piece, keys_place = (_with_neighbours(x, back=back, ahead=ahead, fill=-2) for x in (piece, place))
     distance = place[:, :, None] - keys_place[:, None, :]
     near = distance.abs() < window if both_ways else (distance >= 0) & (distance < window)
-    visible = (piece[:, :, None] == keys_piece[:, None, :]) & near
-    rotary = rotary_tables(place_U[:, None], pairs=(head_size // 2,), bases=(rotary_base,))
-    return LocalView(visible, rotary, back, ahead)
+    return Folded((piece[:, :, None] == keys_piece[:, None, :]) & near, back, ahead)
 
 
 def _with_neighbours(x_CW: Tensor, *, back: int, ahead: int, fill: int) -> Tensor:
@@ -84,21 +111,29 @@ class LocalAttention(nn.Module):
         self.output = nn.Linear(width, width, bias=False)
 
     def forward(self, x_UD: Float[Tensor, "U D"], view: LocalView) -> Float[Tensor, "U D"]:
-        num_units, width = x_UD.shape
-        num_chunks, window, _ = view.visible_CWT.shape
-        query, key, value = self.query_key_value(x_UD).view(num_units, 3, self.heads, width // self.heads).unbind(1)
-        query, key = rotate(query, view.rotary), rotate(key, view.rotary)
-        missing = num_chunks * window - num_units
-        query, key, value = (
-            F.pad(x, (0, 0, 0, 0, 0, missing)).view(num_chunks, window, self.heads, -1) for x in (query, key, value)
-        )
-        out = F.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            _with_neighbours(key, back=view.chunks_back, ahead=view.chunks_ahead, fill=0).transpose(1, 2),
-            _with_neighbours(value, back=view.chunks_back, ahead=view.chunks_ahead, fill=0).transpose(1, 2),
-            attn_mask=view.visible_CWT[:, None],
-        )
-        return self.output(out.transpose(1, 2).reshape(num_chunks * window, width)[:num_units])
+        rows_UE = self.query_key_value(x_UD)
+        if isinstance(view.seen, Folded):
+            return self.output(_folded_attention(rows_UE, view.seen, view.rotary, heads=self.heads))
+        return self.output(self_attention(rows_UE, view.rotary, heads=self.heads, tiles=view.seen))
+
+
+def _folded_attention(
+    rows_UE: Float[Tensor, "U E"], seen: Folded, rotary: Rotary, *, heads: int
+) -> Float[Tensor, "U D"]:
+    """Over rows of queries, keys and values side by side."""
+    num_units, width = len(rows_UE), rows_UE.shape[1] // 3
+    num_chunks, chunk, _ = seen.visible_CWT.shape
+    query, key, value = rows_UE.view(num_units, 3, heads, width // heads).unbind(1)
+    missing = num_chunks * chunk - num_units
+    query, key, value = (
+        F.pad(x, (0, 0, 0, 0, 0, missing)).view(num_chunks, chunk, heads, -1)
+        for x in (rotate(query, rotary), rotate(key, rotary), value)
+    )
+    key, value = (_with_neighbours(x, back=seen.back, ahead=seen.ahead, fill=0) for x in (key, value))
+    out = F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (query, key, value)), attn_mask=seen.visible_CWT[:, None]
+    )
+    return out.transpose(1, 2).reshape(num_chunks * chunk, width)[:num_units]
 
 
 class LocalBlock(nn.Module):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from matformer.layers import local_attention
+from matformer.layers import local_attention, tiles
 from matformer.layers.attention import AttoView, atto_attention, masked_attention, rotary_tables, rotate
 from matformer.layers.local_attention import LocalAttention, LocalBlock, local_view
 from tests.tolerances import SAME_SUM
@@ -42,20 +42,22 @@ def dense(attention: LocalAttention, x_UD: Tensor, sizes: list[int], *, window: 
     return attention.output(out.transpose(0, 1).flatten(1))
 
 
+@pytest.mark.parametrize("tiled", [False, True])
 @pytest.mark.parametrize("both_ways", [False, True])
 @pytest.mark.parametrize("chunk", [64, 3])
 @pytest.mark.parametrize("window", [1, 4, 5, 7, 64])
 @pytest.mark.parametrize("sizes", [[1], [4], [13], [3, 9, 1, 6], [8, 8], [2, 30, 5]])
 def test_local_attention_is_dense_attention_with_a_band_for_each_piece(
-    sizes: list[int], window: int, chunk: int, both_ways: bool, monkeypatch: pytest.MonkeyPatch
+    sizes: list[int], window: int, chunk: int, both_ways: bool, tiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """chunk 3: windows that reach over one, two or all chunks before, and after."""
     monkeypatch.setattr(local_attention, "LONGEST_CHUNK", chunk)
+    monkeypatch.setattr(tiles, "ROWS", chunk)
     torch.manual_seed(0)
     attention = LocalAttention(WIDTH, HEADS).double()
     x = torch.randn(sum(sizes), WIDTH, dtype=torch.float64, requires_grad=True)
     piece, place = pieces(sizes)
-    view = local_view(piece, place, window=window, head_size=WIDTH // HEADS, both_ways=both_ways)
+    view = local_view(piece, place, window=window, head_size=WIDTH // HEADS, both_ways=both_ways, tiled=tiled)
     got, expected = attention(x, view), dense(attention, x, sizes, window=window, both_ways=both_ways)
     torch.testing.assert_close(got, expected, rtol=0, atol=SAME_SUM[torch.float64])
     weight, inputs = torch.randn_like(got), (x, *attention.parameters())
