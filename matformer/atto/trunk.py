@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from matformer.atto.masks import visible
 from matformer.config.schema import AttoConfig
-from matformer.layers.attention import AttoView, rotary_tables
+from matformer.layers.attention import AttoView
+from matformer.layers.rotary import rotary_tables
+from matformer.layers.tiles import mask_tiles
 from matformer.parcels import Grid
 
 
 def atto_view(grid: Grid, config: AttoConfig) -> AttoView:
     """Mask and rotary tables of one microbatch. Document positions turn slowly, places inside media spans faster."""
     bases = (config.rotary_base, *(config.media_rotary_base,) * 3)
-    return AttoView(visible(grid), rotary_tables(grid.axes_BSX, pairs=config.rotary_pairs, bases=bases))
+    mask = visible(grid)
+    tiles = mask_tiles(mask) if mask.device.type == "cpu" else None
+    return AttoView(mask, rotary_tables(grid.axes_BSX, pairs=config.rotary_pairs, bases=bases), tiles)

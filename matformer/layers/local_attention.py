@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from matformer.layers.attention import Rotary, rotary_tables, rotate
 from matformer.layers.feed_forward import SwiGLU
 from matformer.layers.norm import RMSNorm
+from matformer.layers.rotary import Rotary, rotary_tables, rotate
 from matformer.layers.tiles import Tile, run_tiles, self_attention
 
 LONGEST_CHUNK = 64

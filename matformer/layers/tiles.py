@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from matformer.layers.attention import Rotary, turn
 from matformer.layers.precision import at_least_float32
+from matformer.layers.rotary import Rotary, turn
 
 ROWS = 64  # of a tile; at 128 a short window computes half in vain, at 32 the products are small
 
@@ -48,12 +48,31 @@ def run_tiles(first_Q: Int[Tensor, " Q"], end_Q: Int[Tensor, " Q"]) -> list[Tile
     return tiles
 
 
-def cross_attention(
-    query_QD: Float[Tensor, "Q D"], key_value_TE: Float[Tensor, "T E"], *, heads: int, tiles: Sequence[Tile]
-) -> Float[Tensor, "Q D"]:
-    """Multi-head attention of queries over rows of keys and values side by side (E = 2 D)."""
+def mask_tiles(visible_BST: Bool[Tensor, "B S T"]) -> list[Tile]:
+    """Of a mask of any pattern, of the rows of all B one after the other: ROWS queries, the keys from first to last."""
+    tiles = []
+    _, num_queries, num_keys = visible_BST.shape
+    for row, visible_ST in enumerate(visible_BST):
+        for start, visible_QT in zip(range(0, num_queries, ROWS), visible_ST.split(ROWS), strict=True):
+            seen = visible_QT.any(0).nonzero()
+            low, high = int(seen[0]), int(seen[-1]) + 1
+            first, hidden = row * num_queries + start, ~visible_QT[:, low:high]
+            bias = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+            keys = slice(row * num_keys + low, row * num_keys + high)
+            tiles.append(Tile(slice(first, first + len(hidden)), keys, bias))
+    return tiles
+
+
+def tile_attention(
+    query_QAK: Float[Tensor, "Q A K"],
+    key_TAK: Float[Tensor, "T A K"],
+    value_TAK: Float[Tensor, "T A K"],
+    *,
+    tiles: Sequence[Tile],
+) -> Float[Tensor, "Q A K"]:
+    """Softmax attention of A heads, by tiles that hold each query once."""
     keep = torch.is_grad_enabled()
-    return _Cross.apply(query_QD, key_value_TE, heads, tiles, keep)  # pyright: ignore[reportReturnType]
+    return _Attention.apply(query_QAK, key_TAK, value_TAK, tiles, keep)  # pyright: ignore[reportReturnType]
 
 
 def self_attention(
@@ -65,30 +84,33 @@ def self_attention(
     return _Self.apply(rows_UE, cos, sin, heads, tiles, keep)  # pyright: ignore[reportReturnType]
 
 
-class _Cross(torch.autograd.Function):
+class _Attention(torch.autograd.Function):
     """The weights are kept for the way back: as many numbers as the tiles have entries."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, pair: Tensor, heads: int, tiles: Sequence[Tile], keep: bool) -> Tensor:  # noqa: ANN401 - torch's contract
-        ctx.heads, ctx.tiles, ctx.dtypes = heads, tiles, (query.dtype, pair.dtype)
-        query, pair = at_least_float32(query), at_least_float32(pair)
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        read = (*_heads(query, 1, heads), *_heads(pair, 2, heads))
-        weights = _attend(*read, tiles, out=_heads(out, 1, heads)[0], keep=keep)
-        ctx.save_for_backward(query, pair, *weights)
-        return out.to(ctx.dtypes[0])
+    def forward(  # noqa: D102
+        ctx: Any,  # noqa: ANN401 - torch's contract
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tiles: Sequence[Tile],
+        keep: bool,
+    ) -> Tensor:
+        ctx.tiles, ctx.dtype = tiles, query.dtype
+        read = tuple(at_least_float32(x) for x in (query, key, value))
+        out = torch.empty_like(read[0], memory_format=torch.contiguous_format)
+        weights = _attend(*_by_head(*read), tiles, out=out.transpose(0, 1), keep=keep)
+        ctx.save_for_backward(*read, *weights)
+        return out.to(ctx.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        query, pair, *weights = ctx.saved_tensors
-        of_query, of_pair = torch.empty_like(query, memory_format=torch.contiguous_format), torch.zeros_like(pair)
-        read, written = (
-            (*_heads(one, 1, ctx.heads), *_heads(two, 2, ctx.heads))
-            for one, two in ((query, pair), (of_query, of_pair))
-        )
-        _attend_back(_heads(at_least_float32(grads[0]), 1, ctx.heads)[0], read, weights, ctx.tiles, into=written)
-        return of_query.to(ctx.dtypes[0]), of_pair.to(ctx.dtypes[1]), None, None, None
+        query, key, value, *weights = ctx.saved_tensors
+        into = tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
+        (grad,) = _by_head(at_least_float32(grads[0]))
+        _attend_back(grad, _by_head(query, key, value), weights, ctx.tiles, into=_by_head(*into))
+        return *(x.to(ctx.dtype) for x in into), None, None
 
 
 class _Self(torch.autograd.Function):
@@ -96,48 +118,50 @@ class _Self(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Any,  # noqa: ANN401
         rows: Tensor,
         cos: Tensor,
         sin: Tensor,
         heads: int,
         tiles: Sequence[Tile],
-        keep: bool,  # noqa: ANN401
+        keep: bool,
     ) -> Tensor:
-        ctx.heads, ctx.tiles, ctx.dtype = heads, tiles, rows.dtype
-        rows = at_least_float32(rows)
-        width = rows.shape[1] // 3
-        turned, out = rows.new_empty(len(rows), 2 * width), rows.new_empty(len(rows), width)
-        pair, value = rows.split((2 * width, width), dim=1)
-        turn(_by_head(pair, 2 * heads), cos, sin, sign=1, out=_by_head(turned, 2 * heads))
-        read = (*_heads(turned, 2, heads), *_heads(value, 1, heads))
-        weights = _attend(*read, tiles, out=_heads(out, 1, heads)[0], keep=keep)
+        ctx.tiles, ctx.dtype = tiles, rows.dtype
+        pair, value = _pair_and_value(at_least_float32(rows), heads)
+        turned, out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (pair, value))
+        turn(pair, cos, sin, sign=1, out=turned)
+        weights = _attend(*_by_head(*turned.chunk(2, dim=1), value), tiles, out=out.transpose(0, 1), keep=keep)
         ctx.save_for_backward(turned, value, cos, sin, *weights)
-        return out.to(ctx.dtype)
+        return out.flatten(1).to(ctx.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         turned, value, cos, sin, *weights = ctx.saved_tensors
-        heads, width = ctx.heads, value.shape[1]
-        of_turned, of_rows = torch.zeros_like(turned), value.new_zeros(len(value), 3 * width)
-        of_pair, of_value = of_rows.split((2 * width, width), dim=1)
-        read, written = (
-            (*_heads(two, 2, heads), *_heads(one, 1, heads)) for two, one in ((turned, value), (of_turned, of_value))
+        of_rows = value.new_zeros(len(value), 3 * value.shape[1] * value.shape[2])
+        of_pair, of_value = _pair_and_value(of_rows, value.shape[1])
+        of_turned = torch.zeros_like(turned)
+        (grad,) = _by_head(at_least_float32(grads[0]).unflatten(1, value.shape[1:]))
+        _attend_back(
+            grad,
+            _by_head(*turned.chunk(2, dim=1), value),
+            weights,
+            ctx.tiles,
+            into=_by_head(*of_turned.chunk(2, dim=1), of_value),
         )
-        _attend_back(_heads(at_least_float32(grads[0]), 1, heads)[0], read, weights, ctx.tiles, into=written)
-        turn(_by_head(of_turned, 2 * heads), cos, sin, sign=-1, out=_by_head(of_pair, 2 * heads))
+        turn(of_turned, cos, sin, sign=-1, out=of_pair)
         return of_rows.to(ctx.dtype), None, None, None, None, None
 
 
-def _by_head(rows: Tensor, heads: int) -> Tensor:
-    """A view `[U, A, K]` of rows of A heads."""
-    return rows.unflatten(1, (heads, rows.shape[1] // heads))
+def _pair_and_value(rows: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Views `[U, 2 A, K]` of queries and keys, and `[U, A, K]` of values."""
+    pair, value = rows.unflatten(1, (3 * heads, rows.shape[1] // (3 * heads))).split((2 * heads, heads), dim=1)
+    return pair, value
 
 
-def _heads(rows: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
-    """A view `[A, U, K]` of each of the parts that lie side by side."""
-    return _by_head(rows, parts * heads).transpose(0, 1).chunk(parts)
+def _by_head(*rows: Tensor) -> tuple[Tensor, ...]:
+    """`[U, A, K] -> [A, U, K]`, views."""
+    return tuple(x.transpose(0, 1) for x in rows)
 
 
 def _attend(

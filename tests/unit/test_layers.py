@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from matformer.layers.attention import rotary_tables, rotate
 from matformer.layers.norm import rms_norm
+from matformer.layers.rotary import rotary_tables, rotate
 
 
 @pytest.mark.parametrize("shape", [(7, 16), (2, 5, 4, 8), (0, 8)])

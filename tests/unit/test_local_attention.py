@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from matformer.layers import local_attention, tiles
-from matformer.layers.attention import AttoView, atto_attention, masked_attention, rotary_tables, rotate
+from matformer.layers.attention import AttoView, atto_attention, masked_attention
 from matformer.layers.local_attention import LocalAttention, LocalBlock, local_view
+from matformer.layers.rotary import rotary_tables, rotate
 from tests.tolerances import SAME_SUM
 
 HEADS, WIDTH = 2, 8
