@@ -30,7 +30,7 @@ def rms_norm(x: Float[Tensor, "... D"], weight: Float[Tensor, " D"], *, epsilon:
 
 
 class _OnCpu(torch.autograd.Function):
-    """y = n w with n = x r and r = 1 / rms; back: dx = r (g w - n mean(g w n)), dw = sum(g n)."""
+    """y = x r w with r = 1 / rms; back: dx = g w r - x r^3 mean(g x w), dw = sum(g x r)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:  # noqa: ANN401 - torch's contract
@@ -38,17 +38,15 @@ class _OnCpu(torch.autograd.Function):
         inverse = (
             torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square_().div_(rows.shape[1]).add_(epsilon).rsqrt_()
         )
-        normed = rows * inverse
         ctx.save_for_backward(rows, inverse, weight)
-        return normed.mul_(weight).view(x.shape)
+        return (rows * inverse).mul_(weight).view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN401
         rows, inverse, weight = ctx.saved_tensors
         grad = grads[0].reshape(rows.shape)
-        normed = rows * inverse
-        of_weight = torch.linalg.vecdot(grad, normed, dim=0)
-        inner = grad * weight
-        share = torch.linalg.vecdot(inner, normed, dim=-1).unsqueeze_(-1).div_(-rows.shape[1])
-        inner.addcmul_(normed, share).mul_(inverse)
-        return inner.view(grads[0].shape), of_weight, None
+        product = grad * rows  # both sums over it are products with a vector
+        of_weight = product.t().mv(inverse[:, 0])
+        share = product.mv(weight)[:, None].mul_(inverse.pow(3)).div_(-rows.shape[1])
+        of_rows = (grad * weight).mul_(inverse).addcmul_(rows, share)
+        return of_rows.view(grads[0].shape), of_weight, None
