@@ -20,24 +20,12 @@ def ngram_hashes(
     A symbol i places from the window's first is multiplied by PRIME ** i, all in int64 that wraps around, as the source
     does: the numbers may be negative. Source: BLT, section 3.2.1 (rolling polynomial hash).
     """
-    powers = _wrapping_powers(max(sizes), device=symbol_U.device)
-    window_nU = [symbol_U]  # column k: the symbol k places before, zero outside the piece
-    for back in range(1, max(sizes)):
-        earlier = torch.roll(symbol_U, back)
-        window_nU.append(torch.where(place_U >= back, earlier, 0))
-    columns = []
-    for size in sizes:
-        terms = [window_nU[back] * powers[size - 1 - back] for back in range(size)]
-        columns.append(torch.stack(terms).sum(0))
-    return torch.stack(columns, dim=1)
-
-
-def _wrapping_powers(count: int, *, device: torch.device) -> Int[Tensor, " count"]:
-    """PRIME ** 0, 1, ... in int64 that wraps around."""
-    powers = [1]
-    for _ in range(count - 1):
-        powers.append((powers[-1] * PRIME + 2**63) % 2**64 - 2**63)
-    return torch.tensor(powers, dtype=torch.int64, device=device)
+    hash_U = symbol_U
+    hashes = {1: hash_U}
+    for size in range(2, max(sizes) + 1):
+        earlier = torch.where(place_U >= size - 1, torch.roll(symbol_U, size - 1), 0)
+        hash_U = hashes[size] = hash_U * PRIME + earlier  # all before it stand one place further from the first
+    return torch.stack([hashes[size] for size in sizes], dim=1)
 
 
 @dataclass(frozen=True, slots=True)

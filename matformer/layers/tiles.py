@@ -34,32 +34,40 @@ class Tile:
 
 def run_tiles(first_Q: Int[Tensor, " Q"], end_Q: Int[Tensor, " Q"]) -> list[Tile]:
     """Query q sees keys first[q], ..., end[q] - 1, at least one; both ascend (not strictly)."""
-    starts = range(0, first_Q.numel(), ROWS)
-    if not starts:
+    if not first_Q.numel():
         return []
-    last = torch.tensor([min(start + ROWS, first_Q.numel()) - 1 for start in starts])
-    ends = end_Q[last].tolist()
-    key = torch.arange(ends[-1])
+    rows = even_rows(first_Q.numel())
+    lows, highs = first_Q[::rows].tolist(), [*end_Q[rows - 1 : -1 : rows].tolist(), int(end_Q[-1])]
+    key = torch.arange(highs[-1])
     tiles = []
-    for start, low, high in zip(starts, first_Q[::ROWS].tolist(), ends, strict=True):
-        queries, keys = slice(start, min(start + ROWS, first_Q.numel())), slice(low, high)
-        hidden = (key[keys] < first_Q[queries, None]) | (key[keys] >= end_Q[queries, None])
-        tiles.append(Tile(queries, keys, torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)))
+    for number, (low, high) in enumerate(zip(lows, highs, strict=True)):
+        queries = slice(number * rows, min((number + 1) * rows, first_Q.numel()))
+        hidden = (key[low:high] < first_Q[queries, None]) | (key[low:high] >= end_Q[queries, None])
+        tiles.append(Tile(queries, slice(low, high), _bias(hidden)))
     return tiles
 
 
+def even_rows(count: int) -> int:
+    """How many of these queries a tile holds: about ROWS, and no last tile of one or two."""
+    return -(-count // max(1, round(count / ROWS)))
+
+
+def _bias(hidden: Bool[Tensor, "Q T"]) -> Float[Tensor, "Q T"]:
+    return torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+
+
 def mask_tiles(visible_BST: Bool[Tensor, "B S T"]) -> list[Tile]:
-    """Of a mask of any pattern, of the rows of all B one after the other: ROWS queries, the keys from first to last."""
+    """Of a mask of any pattern, of the rows of all B one after the other: keys from first to last."""
     tiles = []
     _, num_queries, num_keys = visible_BST.shape
+    rows = even_rows(num_queries)
     for row, visible_ST in enumerate(visible_BST):
-        for start, visible_QT in zip(range(0, num_queries, ROWS), visible_ST.split(ROWS), strict=True):
+        for number, visible_QT in enumerate(visible_ST.split(rows)):
             seen = visible_QT.any(0).nonzero()
             low, high = int(seen[0]), int(seen[-1]) + 1
-            first, hidden = row * num_queries + start, ~visible_QT[:, low:high]
-            bias = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+            first, hidden = row * num_queries + number * rows, ~visible_QT[:, low:high]
             keys = slice(row * num_keys + low, row * num_keys + high)
-            tiles.append(Tile(slice(first, first + len(hidden)), keys, bias))
+            tiles.append(Tile(slice(first, first + len(hidden)), keys, _bias(hidden)))
     return tiles
 
 
@@ -70,7 +78,7 @@ def tile_attention(
     *,
     tiles: Sequence[Tile],
 ) -> Float[Tensor, "Q A K"]:
-    """Softmax attention of A heads, by tiles that hold each query once."""
+    """Softmax attention of A heads, by tiles that hold each query once, in their order."""
     keep = torch.is_grad_enabled()
     return _Attention.apply(query_QAK, key_TAK, value_TAK, tiles, keep)  # pyright: ignore[reportReturnType]
 
@@ -170,16 +178,12 @@ def _attend(
     """Writes `[A, Q, K]` into `out`; the weights `[A, q, t]` of each tile, if they are to be kept."""
     kept, scale = [], query.shape[2] ** -0.5
     with torch.autocast("cpu", enabled=False):
-        for tile in tiles:
-            score = torch.baddbmm(
-                tile.bias_QT.to(query.dtype),
-                query[:, tile.queries],
-                key[:, tile.keys].transpose(1, 2),
-                alpha=scale,
-            )
-            weight = score.softmax(-1)
-            torch.bmm(weight, value[:, tile.keys], out=out[:, tile.queries])
-            kept += [weight] * keep
+        for tile, asked, answer in zip(tiles, _by_tile(query, tiles), _by_tile(out, tiles), strict=True):
+            bias, seen = tile.bias_QT.to(query.dtype), tile.keys
+            weight = torch.baddbmm(bias, asked, key[:, seen].transpose(1, 2), alpha=scale).softmax(-1)
+            torch.bmm(weight, value[:, seen], out=answer)
+            if keep:
+                kept.append(weight)
     return kept
 
 
@@ -194,12 +198,17 @@ def _attend_back(
     """Writes the gradient of the queries, and adds those of keys and values, `[A, ..., K]` each."""
     (query, key, value), (of_query, of_key, of_value) = read, into
     scale = query.shape[2] ** -0.5
+    by_tile = (_by_tile(x, tiles) for x in (query, grad, of_query))
     with torch.autocast("cpu", enabled=False):
-        for tile, weight in zip(tiles, weights, strict=True):
-            asked, answer, seen = query[:, tile.queries], grad[:, tile.queries], tile.keys
+        for tile, weight, asked, answer, of_asked in zip(tiles, weights, *by_tile, strict=True):
+            seen = tile.keys
             of_weight = torch.bmm(answer, value[:, seen].transpose(1, 2))
             of_value[:, seen].baddbmm_(weight.transpose(1, 2), answer)
             of_score = torch._softmax_backward_data(of_weight, weight, -1, weight.dtype)
-            written = of_query[:, tile.queries]
-            torch.baddbmm(written, of_score, key[:, seen], beta=0, alpha=scale, out=written)
+            torch.baddbmm(of_asked, of_score, key[:, seen], beta=0, alpha=scale, out=of_asked)
             of_key[:, seen].baddbmm_(of_score.transpose(1, 2), asked, alpha=scale)
+
+
+def _by_tile(rows: Tensor, tiles: Sequence[Tile]) -> tuple[Tensor, ...]:
+    """Views `[A, q, K]` of the queries of each tile: all of them, in their order."""
+    return rows.split([tile.queries.stop - tile.queries.start for tile in tiles], dim=1)
