@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -34,17 +35,21 @@ class Tile:
 
 def run_tiles(first_Q: Int[Tensor, " Q"], end_Q: Int[Tensor, " Q"]) -> list[Tile]:
     """Query q sees keys first[q], ..., end[q] - 1, at least one; both ascend (not strictly)."""
-    if not first_Q.numel():
+    count = first_Q.numel()
+    if not count:
         return []
-    rows = even_rows(first_Q.numel())
-    lows, highs = first_Q[::rows].tolist(), [*end_Q[rows - 1 : -1 : rows].tolist(), int(end_Q[-1])]
-    key = torch.arange(highs[-1])
-    tiles = []
-    for number, (low, high) in enumerate(zip(lows, highs, strict=True)):
-        queries = slice(number * rows, min((number + 1) * rows, first_Q.numel()))
-        hidden = (key[low:high] < first_Q[queries, None]) | (key[low:high] >= end_Q[queries, None])
-        tiles.append(Tile(queries, slice(low, high), _bias(hidden)))
-    return tiles
+    rows = even_rows(count)
+    starts = range(0, count, rows)
+    first, end = (F.pad(x.int(), (0, len(starts) * rows - count)).view(-1, rows, 1) for x in (first_Q, end_Q))
+    lows = first_Q[::rows]
+    highs = end_Q[[min(start + rows, count) - 1 for start in starts]]
+    width = int((highs - lows).max())
+    key = lows.int()[:, None, None] + torch.arange(width, dtype=torch.int32)  # all tiles at once: few operations
+    bias = _bias((key < first) | (key >= end))
+    return [
+        Tile(slice(start, min(start + rows, count)), slice(low, high), one[: count - start, : high - low])
+        for start, low, high, one in zip(starts, lows.tolist(), highs.tolist(), bias, strict=True)
+    ]
 
 
 def even_rows(count: int) -> int:
@@ -52,7 +57,7 @@ def even_rows(count: int) -> int:
     return -(-count // max(1, round(count / ROWS)))
 
 
-def _bias(hidden: Bool[Tensor, "Q T"]) -> Float[Tensor, "Q T"]:
+def _bias(hidden: Bool[Tensor, "... Q T"]) -> Float[Tensor, "... Q T"]:
     return torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
 
 
