@@ -101,7 +101,7 @@ class _Attention(torch.autograd.Function):
     """The weights are kept for the way back: as many numbers as the tiles have entries."""
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: Any,  # noqa: ANN401 - torch's contract
         query: Tensor,
         key: Tensor,
@@ -112,13 +112,16 @@ class _Attention(torch.autograd.Function):
         ctx.tiles, ctx.dtype = tiles, query.dtype
         read = tuple(at_least_float32(x) for x in (query, key, value))
         out = torch.empty_like(read[0], memory_format=torch.contiguous_format)
-        weights = _attend(*_by_head(*read), tiles, out=out.transpose(0, 1), keep=keep)
+        weights = _attend(_by_head(*read), tiles, out=out.transpose(0, 1), keep=keep)
         ctx.save_for_backward(*read, *weights)
         return out.to(ctx.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - by the decorator
+        ctx: Any,  # noqa: ANN401
+        *grads: Tensor,
+    ) -> tuple[Tensor | None, ...]:
         query, key, value, *weights = ctx.saved_tensors
         into = tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
         (grad,) = _by_head(at_least_float32(grads[0]))
@@ -143,13 +146,16 @@ class _Self(torch.autograd.Function):
         pair, value = _pair_and_value(at_least_float32(rows), heads)
         turned, out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (pair, value))
         turn(pair, cos, sin, sign=1, out=turned)
-        weights = _attend(*_by_head(*turned.chunk(2, dim=1), value), tiles, out=out.transpose(0, 1), keep=keep)
+        weights = _attend(_by_head(*turned.chunk(2, dim=1), value), tiles, out=out.transpose(0, 1), keep=keep)
         ctx.save_for_backward(turned, value, cos, sin, *weights)
         return out.flatten(1).to(ctx.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - by the decorator
+        ctx: Any,  # noqa: ANN401
+        *grads: Tensor,
+    ) -> tuple[Tensor | None, ...]:
         turned, value, cos, sin, *weights = ctx.saved_tensors
         of_rows = value.new_zeros(len(value), 3 * value.shape[1] * value.shape[2])
         of_pair, of_value = _pair_and_value(of_rows, value.shape[1])
@@ -177,10 +183,9 @@ def _by_head(*rows: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.transpose(0, 1) for x in rows)
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, tiles: Sequence[Tile], *, out: Tensor, keep: bool
-) -> list[Tensor]:
+def _attend(read: tuple[Tensor, ...], tiles: Sequence[Tile], *, out: Tensor, keep: bool) -> list[Tensor]:
     """Writes `[A, Q, K]` into `out`; the weights `[A, q, t]` of each tile, if they are to be kept."""
+    query, key, value = read
     kept, scale = [], query.shape[2] ** -0.5
     with torch.autocast("cpu", enabled=False):
         for tile, asked, answer in zip(tiles, _by_tile(query, tiles), _by_tile(out, tiles), strict=True):
@@ -209,7 +214,7 @@ def _attend_back(
             seen = tile.keys
             of_weight = torch.bmm(answer, value[:, seen].transpose(1, 2))
             of_value[:, seen].baddbmm_(weight.transpose(1, 2), answer)
-            of_score = torch._softmax_backward_data(of_weight, weight, -1, weight.dtype)
+            of_score = torch.ops.aten._softmax_backward_data(of_weight, weight, -1, weight.dtype)
             torch.baddbmm(of_asked, of_score, key[:, seen], beta=0, alpha=scale, out=of_asked)
             of_key[:, seen].baddbmm_(of_score.transpose(1, 2), asked, alpha=scale)
 

@@ -60,11 +60,12 @@ def test_runs_of_keys_at_random(rows: int, seed: int, monkeypatch: pytest.Monkey
 def test_a_key_too_few_is_told_apart() -> None:
     draws = torch.Generator().manual_seed(0)
     place = torch.arange(20)
-    rows = [drawn(20, HEADS, SIZE, draws=draws) for _ in range(3)]
+    query, key, value = (drawn(20, HEADS, SIZE, draws=draws) for _ in range(3))
     visible = place <= place[:, None]
-    assert (tile_attention(*rows, tiles=run_tiles(0 * place, place + 1)) - dense(*rows, visible)).abs().max() < 1e-9
-    short = torch.where(place == 11, place, place + 1)
-    assert (tile_attention(*rows, tiles=run_tiles(0 * place, short)) - dense(*rows, visible)).abs().max() > 1e-4
+    expected = dense(query, key, value, visible)
+    for end, differs in ((place + 1, False), (torch.where(place == 11, place, place + 1), True)):
+        got = tile_attention(query, key, value, tiles=run_tiles(0 * place, end))
+        assert ((got - expected).abs().max() > 1e-4) == differs
 
 
 @pytest.mark.parametrize("groups", [1, 2])
