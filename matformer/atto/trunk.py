@@ -6,7 +6,7 @@ from matformer.atto.masks import visible
 from matformer.config.schema import AttoConfig
 from matformer.layers.attention import AttoView
 from matformer.layers.rotary import rotary_tables
-from matformer.layers.tiles import mask_tiles
+from matformer.layers.tiles import ROWS, mask_tiles
 from matformer.parcels import Grid
 
 
@@ -14,5 +14,6 @@ def atto_view(grid: Grid, config: AttoConfig) -> AttoView:
     """Mask and rotary tables of one microbatch. Document positions turn slowly, places inside media spans faster."""
     bases = (config.rotary_base, *(config.media_rotary_base,) * 3)
     mask = visible(grid)
-    tiles = mask_tiles(mask) if mask.device.type == "cpu" else None
+    # A sequence of one tile or two gains nothing by them: torch's kernel is faster there.
+    tiles = mask_tiles(mask) if mask.device.type == "cpu" and mask.shape[1] > 2 * ROWS else None
     return AttoView(mask, rotary_tables(grid.axes_BSX, pairs=config.rotary_pairs, bases=bases), tiles)
