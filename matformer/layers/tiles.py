@@ -213,10 +213,11 @@ def _attend_back(
         for tile, weight, asked, answer, of_asked in zip(tiles, weights, *by_tile, strict=True):
             seen = tile.keys
             of_weight = torch.bmm(answer, value[:, seen].transpose(1, 2))
-            of_value[:, seen].baddbmm_(weight.transpose(1, 2), answer)
+            # out= and not in place: torch's counter of FLOPs does not know baddbmm_
+            torch.baddbmm(of_value[:, seen], weight.transpose(1, 2), answer, out=of_value[:, seen])
             of_score = torch.ops.aten._softmax_backward_data(of_weight, weight, -1, weight.dtype)
             torch.baddbmm(of_asked, of_score, key[:, seen], beta=0, alpha=scale, out=of_asked)
-            of_key[:, seen].baddbmm_(of_score.transpose(1, 2), asked, alpha=scale)
+            torch.baddbmm(of_key[:, seen], of_score.transpose(1, 2), asked, alpha=scale, out=of_key[:, seen])
 
 
 def _by_tile(rows: Tensor, tiles: Sequence[Tile]) -> tuple[Tensor, ...]:

@@ -1,7 +1,7 @@
 """What a training step costs: floating-point operations, parameters, CPU seconds, and the bytes it sees.
 
 Counted are the products of torch's FlopCounterMode, forward and backward: every matrix of the local models, the Atto,
-the heads and the router, and attention over whole (masked) matrices. torch's fused attention on CPU is unknown to the
+the heads, the router, and attention as computed (by tiles or whole). torch's fused attention on CPU is unknown to the
 counter, so it runs as plain products while counting. Pooling and the Coda's reading of its latents are written without
 matrix products; their two products are added in closed form. The entropy patchers' own model is counted forward.
 Lookups and sums of embeddings, norms, rotary turns, softmax and the optimizer are not counted.

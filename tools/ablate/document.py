@@ -180,7 +180,7 @@ def _measured(results: Results) -> str:
         f"- **The picture's curves** are of the first {made['curve_bytes'] / 1e3:.0f} kB of the held-out text: other "
         "numbers than the tables'.",
         "- **FLOPs** of a training step, forward and backward, by torch's FlopCounterMode: local models, Atto, heads, "
-        "router, attention over whole matrices; pooling and the Coda's reading in closed form "
+        "router, attention as it is computed; pooling and the Coda's reading in closed form "
         f"({min(shares):.1%} to {max(shares):.1%} of the whole); the entropy patcher's own model forward. Lookups and "
         "sums of embeddings have no products; norms, softmax and the optimizer are not counted.",
         f"- **Equal FLOPs**: the steps of an arm are those of `{results['reference']}` times the ratio of a step's "
