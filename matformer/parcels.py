@@ -149,11 +149,12 @@ class Batch:
         """The same microbatch with every tensor on `device`."""
         if self.grid.kind_BS.device == device:
             return self
+        text = _moved(self.text, device)
         return replace(
             self,
             grid=_moved(self.grid, device),
-            text=_moved(self.text, device),
-            read=_moved(self.read, device),
+            text=text,
+            read=text if self.read is self.text else _moved(self.read, device),
             media={name: _moved(units, device) for name, units in self.media.items()},
             route=_moved(self.route, device),
         )

@@ -14,7 +14,6 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -97,12 +96,7 @@ class EntropyModel(nn.Module):
     def looked_up(self, symbol_U: Int[Tensor, " U"], hash_Un: Int[Tensor, "U n"]) -> Float[Tensor, "U D"]:
         """What enters the first layer, from symbols and the hashes of their n-grams: they need not stand together."""
         x_UD = self.embedding(symbol_U)
-        if self.ngram_embedding is None:
-            return x_UD
-        rows = self.ngram_embedding.rows
-        row_Un = hash_Un % rows + torch.arange(hash_Un.shape[1]) * rows
-        bags_UD = F.embedding_bag(row_Un, self.ngram_embedding.table.weight, mode="sum")
-        return x_UD.add_(bags_UD, alpha=self.ngram_embedding.gain)
+        return x_UD if self.ngram_embedding is None else x_UD + self.ngram_embedding.of_hashes(hash_Un)
 
     @property
     def fingerprint(self) -> str:

@@ -66,21 +66,14 @@ def has_clean_copy(document: Document, span: int) -> bool:
     return media.role == "given" or span + 1 < len(document.spans)
 
 
-def span_positions(document: Document, span: int, *, model: ModelConfig) -> int:
-    """Positions that span number `span` of a document takes."""
+def span_positions(document: Document, span: int, *, model: ModelConfig, first: int = 0) -> int:
+    """Positions that span number `span` of a document takes, a text from patch `first` on."""
     part = document.spans[span]
     if isinstance(part, TextSpan):
-        return _text_positions(document, span, first=0, model=model)
+        patches, followed = len(part.patch_lengths) - first, span + 1 < len(document.spans)
+        return text_positions(patches, model.text, given=max(0, part.given - first), followed=followed)
     copies = (part.role == "generate") + has_clean_copy(document, span)
     return 2 + copies * num_patches(part, model=model)
-
-
-def _text_positions(document: Document, span: int, *, first: int, model: ModelConfig) -> int:
-    """Positions of a text span from patch `first` on."""
-    part = document.spans[span]
-    assert isinstance(part, TextSpan)
-    patches, followed = len(part.patch_lengths) - first, span + 1 < len(document.spans)
-    return text_positions(patches, model.text, given=max(0, part.given - first), followed=followed)
 
 
 def document_positions(document: Document, *, model: ModelConfig) -> int:
@@ -104,10 +97,7 @@ def cut(document: Document, first: Place, *, room: int, model: ModelConfig) -> t
     used, (span, patch) = 1, first
     while span < len(document.spans):
         part = document.spans[span]
-        if isinstance(part, MediaSpan):
-            size = span_positions(document, span, model=model)
-        else:
-            size = _text_positions(document, span, first=patch, model=model)
+        size = span_positions(document, span, model=model, first=patch)
         if used + size > room:
             if isinstance(part, TextSpan) and used < room:
                 left = len(part.patch_lengths) - patch

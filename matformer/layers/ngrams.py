@@ -51,6 +51,10 @@ class NgramEmbedding(nn.Module):
         self.table = nn.Embedding(self.rows * len(self.sizes), width)
 
     def forward(self, symbol_U: Int[Tensor, " U"], place_U: Int[Tensor, " U"]) -> Float[Tensor, "U D"]:
-        first = torch.arange(len(self.sizes), device=symbol_U.device) * self.rows
-        row_Un = ngram_hashes(symbol_U, place_U, sizes=self.sizes) % self.rows + first
+        return self.of_hashes(ngram_hashes(symbol_U, place_U, sizes=self.sizes))
+
+    def of_hashes(self, hash_Un: Int[Tensor, "U n"]) -> Float[Tensor, "U D"]:
+        """The same from hashes: their symbols need not stand together."""
+        first = torch.arange(len(self.sizes), device=hash_Un.device) * self.rows
+        row_Un = hash_Un % self.rows + first
         return self.gain * nn.functional.embedding_bag(row_Un, self.table.weight, mode="sum")

@@ -84,31 +84,23 @@ def arbitrary_bytes(count: int, *, seed: int) -> bytes:
     return bytes(np.where(draws.random(count) < 0.5, draws.integers(0, 256, count), ord("a")).astype(np.uint8))
 
 
+def changed(run: RunConfig, *, patcher: dict[str, object], text: dict[str, object]) -> RunConfig:
+    """The same run with other keys of its patcher and of its text."""
+    data = run.data.model_copy(update={"patcher": run.data.patcher.model_copy(update=patcher)})
+    model = run.model.model_copy(update={"text": run.model.text.model_copy(update=text)})
+    return run.model_copy(update={"data": data, "model": model})
+
+
 def bpe_config(folder: Path) -> RunConfig:
     """Patches are pieces of a small vocabulary, and the Coda says where they end."""
     (folder / "pieces.model").write_bytes(train_pieces([b"aa aaa ab abc " * 50], vocabulary=264, longest=4).model)
-    run = config("bpe")
-    patcher = run.data.patcher.model_copy(update={"sentencepiece": str(folder / "pieces.model")})
-    text = run.model.text.model_copy(update={"predicts_end": True})
-    return run.model_copy(
-        update={
-            "data": run.data.model_copy(update={"patcher": patcher}),
-            "model": run.model.model_copy(update={"text": text}),
-        }
-    )
+    pieces = {"sentencepiece": str(folder / "pieces.model")}
+    return changed(config("bpe"), patcher=pieces, text={"predicts_end": True})
 
 
 def token_config(folder: Path) -> RunConfig:
     """A latent is a piece of a small vocabulary."""
-    run = bpe_config(folder)
-    patcher = run.data.patcher.model_copy(update={"kind": "tokens"})
-    text = run.model.text.model_copy(update={"predicts_end": False, "vocabulary": 264})
-    return run.model_copy(
-        update={
-            "data": run.data.model_copy(update={"patcher": patcher}),
-            "model": run.model.model_copy(update={"text": text}),
-        }
-    )
+    return changed(bpe_config(folder), patcher={"kind": "tokens"}, text={"predicts_end": False, "vocabulary": 264})
 
 
 def test_logits_of_pieces_in_generation_are_those_of_the_whole_document(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from matformer.config.check import check
 from matformer.config.load import load_run
 from matformer.config.schema import RunConfig
 from matformer.data.entropy import entropies, load_entropy_model
-from matformer.data.matching import matched, pick_threshold
+from matformer.data.matching import TOLERANCE, matched, pick_threshold
 from matformer.data.patching import EntropyPatcher, build_patcher, text_symbols
 from matformer.data.pieces import load_pieces, train_pieces
 from matformer.data.sources import TextSpan, open_source
@@ -34,7 +34,7 @@ REFERENCE = "static"
 UNMATCHED = ("space",)
 """Arms whose patches are as long as they come."""
 
-SYMBOLS_A_LATENT, TOLERANCE = 4.0, 0.05
+SYMBOLS_A_LATENT = 4.0
 MATCHED_ON_BYTES, LEARNED_FROM_BYTES = 1_000_000, 8_000_000
 """Of train, documents drawn from all of it: what patches are counted on, and what a vocabulary is learned from."""
 
@@ -124,7 +124,7 @@ def prepare(out: Path, arms: Sequence[str], overrides: Sequence[str] = ()) -> Pr
         if kind in PIECES and not (prepared.pieces and Path(prepared.pieces).is_file()):
             _learn_pieces(config, prepared, texts=train_texts(base), file=out / "pieces.model")
             log.info("%s: %d pieces", prepared.pieces, prepared.vocabulary)
-    _write(out / "prepared.json", json.dumps(asdict(prepared), indent=1).encode())
+    write_whole(out / "prepared.json", json.dumps(asdict(prepared), indent=1).encode())
     return prepared
 
 
@@ -166,11 +166,11 @@ def _learn_pieces(config: RunConfig, prepared: Prepared, *, texts: Iterator[byte
         sample,
         mean=SYMBOLS_A_LATENT,
     )
-    _write(file, pieces.model)
+    write_whole(file, pieces.model)
     prepared.pieces, prepared.vocabulary = str(file), len(load_pieces(file))
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")

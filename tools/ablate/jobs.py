@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from arms import write_whole
+
 from matformer.config.load import changed_keys, load_run
 from matformer.engine.evaluate import text_by_document
 from matformer.engine.folder import KEYS_WITHOUT_EFFECT_ON_NUMBERS
@@ -113,9 +115,7 @@ def score(folder: Path, *, num_bytes: int) -> None:
     keys = sorted(scored)  # arms may pack them in another order
     bits, sizes = ([scored[key][part] for key in keys] for part in (0, 1))
     found = {"asked": num_bytes, "keys": keys, "bits": bits, "bytes": sizes}
-    beside = folder / f".{SCORES_FILE}.{os.getpid()}"
-    beside.write_text(json.dumps(found), encoding="utf-8")
-    os.replace(beside, folder / SCORES_FILE)
+    write_whole(folder / SCORES_FILE, json.dumps(found).encode())
 
 
 def curve(folder: Path) -> list[tuple[float, float]]:
