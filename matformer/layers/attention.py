@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from matformer.layers.modulation import PositionTimes
+
 Rotary = tuple[Float[Tensor, "..."], Float[Tensor, "..."]]
 
 
@@ -80,13 +82,14 @@ def masked_attention(
 
 @dataclass(frozen=True, slots=True)
 class AttoView:
-    """What all layers of the Atto share in one forward: the mask and the rotary tables.
+    """What all layers of the Atto share in one forward: the mask, the rotary tables, and times if layers ask for them.
 
     `qkv_format` is what megatron-core reads of the object that carries these through its layers.
     """
 
     visible_BSS: Bool[Tensor, "B S S"]
     rotary: Rotary
+    times: PositionTimes | None = None
     qkv_format: str = "bshd"
 
 

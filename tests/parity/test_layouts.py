@@ -149,6 +149,36 @@ def test_diffused_text_is_the_same_run_too(name: str, objective: str, world: Wor
     assert_same_run(trained, cases.train_plain(plain, steps))
 
 
+ADALN = ["tp2 sequence parallel", "pp2", "dp2 zero3"]
+
+
+def adaln_run(name: str) -> RunConfig:
+    """A layout with the Atto's layers modulated by the times of images, whose Coda predicts v; sounds are as ever."""
+    run = run_of(name)
+    image = run.model.media["image"].model_copy(update={"time_conditioning": "adaln_atto", "objective": "ddpm_v"})
+    model = run.model.model_copy(update={"media": {**run.model.media, "image": image}})
+    return run.model_copy(update={"model": model})
+
+
+@cache
+def adaln_reference() -> Trained:
+    return cases.train_plain(adaln_run("one rank"), mixed_steps())
+
+
+@pytest.mark.parametrize("name", ["one rank", *ADALN])
+def test_modulated_layers_give_the_same_too(name: str, world: World) -> None:
+    config, plain = adaln_run(name), adaln_reference()
+    assert all(plain.gradients[f"atto.layers.{i}.modulation.film.weight"].any() for i in range(LAYERS))
+    trained = world(config.parallel.ranks).run(cases.train_ranks, config, mixed_steps())
+    assert_same_run(trained, plain)
+
+
+def test_modulations_that_keep_the_gradient_of_their_own_positions_are_seen(world: World) -> None:
+    trained = world(2).run(cases.train_ranks, adaln_run("tp2 sequence parallel"), mixed_steps(), "modulations apart")
+    with pytest.raises(AssertionError, match="modulation"):
+        assert_same_run(trained, replace(adaln_reference(), norms=trained[0].norms, losses=trained[0].losses))
+
+
 @pytest.mark.parametrize("name", ["tp2", "pp2", "dp2 zero2", "dp2 zero3"])
 def test_clipping_takes_the_norm_of_the_whole_gradient(name: str, world: World) -> None:
     plain = reference(mixed_steps, clip=0.5)

@@ -23,7 +23,7 @@ def test_a_network_that_says_nothing_is_the_best_linear_predictor() -> None:
         expected = gaussian_flow_loss(data[:100_000], data[100_000:], times=(time,), covariance="channel").value
         noise = torch.from_numpy(draws.standard_normal(clean.shape, dtype=np.float32))
         noised, times = (1 - time) * clean + time * noise, torch.full((len(clean),), time)
-        velocity = Precondition(variance.tolist()).velocity(torch.zeros_like(clean), noised, times)
+        velocity = Precondition(variance.tolist()).prediction(torch.zeros_like(clean), noised, times)
         assert float((velocity - (noise - clean)).square().mean()) == pytest.approx(expected, rel=0.01)
 
 
@@ -36,8 +36,8 @@ def test_input_and_target_of_the_network_have_unit_variance() -> None:
         times = torch.full((len(clean),), time)
         noised = (1 - time) * clean + time * noise
         torch.testing.assert_close(part.network_input(noised, times).var(0), torch.ones(2), rtol=0.02, atol=0)
-        linear = part.velocity(torch.zeros_like(clean), noised, times)
-        gain = part.velocity(torch.ones_like(clean), noised, times) - linear
+        linear = part.prediction(torch.zeros_like(clean), noised, times)
+        gain = part.prediction(torch.ones_like(clean), noised, times) - linear
         torch.testing.assert_close(((noise - clean - linear) / gain).var(0), torch.ones(2), rtol=0.02, atol=0)
 
 
