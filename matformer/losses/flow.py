@@ -11,6 +11,11 @@ from matformer.layers.precision import at_least_float32
 from matformer.parcels import MediaUnits
 
 
+def loss_name(objective: MediaObjective) -> str:
+    """What a modality's loss is called in metrics: losses of different objectives are not to be compared."""
+    return f"{objective}_loss"
+
+
 def squared_error(
     predicted_QF: Float[Tensor, "Qn F"], units: MediaUnits, *, objective: MediaObjective = "flow"
 ) -> Float[Tensor, " Qn"]:
