@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 
 from matformer.config.schema import RunConfig
+from matformer.data.packing import build_batch, with_noise
 from matformer.data.sources import MediaSpan
 from matformer.parcels import Batch
 from tests.made import (
+    LENGTH,
     as_blt,
     as_diffused,
     audio,
@@ -31,6 +33,7 @@ from tests.made import (
     with_audio,
     with_both,
     with_images,
+    with_media,
 )
 from tests.ranks import cases
 from tests.ranks.cases import GlobalBatch, Trained
@@ -177,6 +180,23 @@ def test_modulations_that_keep_the_gradient_of_their_own_positions_are_seen(worl
     trained = world(2).run(cases.train_ranks, adaln_run("tp2 sequence parallel"), mixed_steps(), "modulations apart")
     with pytest.raises(AssertionError, match="modulation"):
         assert_same_run(trained, replace(adaln_reference(), norms=trained[0].norms, losses=trained[0].losses))
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("tp2 sequence parallel", {"time_conditioning": "token", "objective": "ddpm_eps", "media_context": "noised"}),
+        ("dp2 zero3", {"time_conditioning": "adaln_preludio_coda", "loss_weighting": "min_snr"}),
+    ],
+)
+def test_other_ways_to_tell_the_time_and_a_noised_context_too(name: str, keys: dict[str, str], world: World) -> None:
+    config, plain = run_of(name), tiny_run(layers=LAYERS)
+    config, plain = (run.model_copy(update={"model": with_media(run.model, **keys)}) for run in (config, plain))
+    documents = [[document(f"{i}.{k}", b"a %d" % i, image(i + k), b"b", audio(i)) for k in range(2)] for i in range(4)]
+    microbatches = [build_batch(pair, model=plain.model, sequence_latents=LENGTH) for pair in documents]
+    steps = [[with_noise(b, time=0.2 * k, seed=k, index=k) for b in microbatches] for k in (1, 2, 3)]
+    trained = world(config.parallel.ranks).run(cases.train_ranks, config, steps)
+    assert_same_run(trained, cases.train_plain(plain, steps))
 
 
 @pytest.mark.parametrize("name", ["tp2", "pp2", "dp2 zero2", "dp2 zero3"])

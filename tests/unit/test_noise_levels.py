@@ -12,10 +12,11 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_loss_weighting_for_sd3, compute_snr
 
 from matformer.config.schema import MediaObjective
+from matformer.data.packing import Noise, Piece, Place, pack_batch, with_noise
 from matformer.layers.flow import noised_rows, target_rows
 from matformer.layers.noise_levels import clean_scale, levels, loss_weights, on_index, target, time_of_log_snr
 from matformer.parcels import MediaUnits
-from tests.made import document, image, one_a_row
+from tests.made import document, image, one_a_row, plain_host, tiny_run, with_media
 
 OBJECTIVES: tuple[MediaObjective, ...] = ("flow", "ddpm_eps", "ddpm_v")
 INDICES = torch.arange(1000)
@@ -111,3 +112,24 @@ def test_cosmap_weights_are_those_of_diffusers() -> None:
     found = loss_weights(times, objective="flow", weighting="cosmap", gamma=5.0)
     torch.testing.assert_close(found, compute_loss_weighting_for_sd3("cosmap", times))
     assert np.array_equal(loss_weights(times, objective="flow", weighting="none", gamma=5.0), np.ones(50, np.float32))
+
+
+def test_a_span_weighs_by_its_own_t_in_training_and_not_when_held_out() -> None:
+    run = tiny_run()
+    run = run.model_copy(update={"model": with_media(run.model, objective="ddpm_v", loss_weighting="min_snr")})
+    documents, times = [document("a", b"x", image(1)), document("b", b"y", image(2))], iter((0.2, 0.91))
+
+    def draw(key: str, span: int, shape: tuple[int, int]) -> Noise:
+        return Noise(False, next(times), np.ones(shape, np.float32))
+
+    pieces = [[Piece(one, Place(), Place(len(one.spans)))] for one in documents]
+    weighted = pack_batch(pieces, [draw] * 2, model=run.model, sequence_latents=9)
+    units = weighted.media["image"]
+    assert units.time_J.tolist() == pytest.approx([0.2005, 0.9105])
+    alpha, sigma = levels(units.time_J, objective="ddpm_v")
+    expected = ((alpha / sigma).square().clamp(max=5) * sigma.square()).tolist()
+    assert units.weight_J.tolist() == pytest.approx(expected, rel=1e-5)
+    plain = replace(weighted, media={**weighted.media, "image": replace(units, weight_J=torch.ones(2))})
+    model = plain_host(run).model.requires_grad_(False)
+    assert torch.equal(model(weighted)["image"], model(plain)["image"] * units.weight_J)
+    assert with_noise(weighted, time=0.3, seed=0, index=1).media["image"].weight_J.tolist() == [1.0, 1.0]
