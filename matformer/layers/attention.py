@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from matformer.layers.modulation import PositionTimes
 from matformer.layers.rotary import Rotary, rotate
 from matformer.layers.tiles import Tile, tile_attention
 
@@ -38,7 +39,9 @@ def masked_attention(
 
 @dataclass(frozen=True, slots=True)
 class AttoView:
-    """What all layers of the Atto share in one forward: the mask and the rotary tables. On CPU also the mask's tiles.
+    """What all layers of the Atto share in one forward: mask, rotary tables, and times if layers ask for them.
+
+    On CPU also the mask's tiles.
 
     `qkv_format` is what megatron-core reads of the object that carries these through its layers.
     """
@@ -46,6 +49,7 @@ class AttoView:
     visible_BSS: Bool[Tensor, "B S S"]
     rotary: Rotary
     tiles: Sequence[Tile] | None = None
+    times: PositionTimes | None = None
     qkv_format: str = "bshd"
 
 

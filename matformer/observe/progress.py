@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -28,7 +29,7 @@ _COLUMNS = (
     _Column("lr", "lr {:.1e}"),
 )
 _RATES = (_Column("bytes_per_second", "{} B/s"), _Column("latents_per_second", "{} lat/s"))
-_FLOW = "/flow_loss"
+_MEDIA = re.compile(r"(.+)/(?:flow|ddpm_eps|ddpm_v)_loss")
 
 
 class ProgressLine:
@@ -88,7 +89,7 @@ class ProgressLine:
 
 def row_text(row: Mapping[str, float]) -> str:
     """The numbers of a training row that matter, in one line; those that are missing are left out."""
-    flows = [_Column(key, key.removesuffix(_FLOW) + " {:.3f}") for key in row if key.endswith(_FLOW)]
+    flows = [_Column(key, found[1] + " {:.3f}") for key in row if (found := _MEDIA.fullmatch(key))]
     columns = (*_COLUMNS[:2], *flows, *_COLUMNS[2:])
     parts = [column.form.format(value) for column in columns if (value := row.get(column.key)) is not None]
     rates = [column.form.format(amount_text(row[column.key])) for column in _RATES if column.key in row]
