@@ -420,7 +420,7 @@ class _Builder:
             self._ask(closing.start, target, rule=OPEN, span_end=True, bucket=bucket)
 
     def _time(self, document: Document, span: int, drawn: float) -> float:
-        """The t of a span: halved where text will read it noised, and on an index under DDPM.
+        """The t of a span: halved where text will read it noised, and on an index under DDPM. 0 stays: it is clean.
 
         Source: Transfusion, section 4.4, for the limit; half of what was drawn keeps the law's shape.
         """
@@ -428,7 +428,8 @@ class _Builder:
         assert isinstance(part, MediaSpan)
         if self.model.media_context == "noised" and any(isinstance(one, TextSpan) for one in later):
             drawn = drawn / 2
-        return drawn if self.model.media[part.modality].objective == "flow" else on_index(drawn)
+        straight = self.model.media[part.modality].objective == "flow"
+        return drawn if straight or drawn == 0 else on_index(drawn)
 
     def _copy(self, places: np.ndarray, clock: np.ndarray, *, kind: Kind) -> slice:
         where = self._take(len(places), kind)

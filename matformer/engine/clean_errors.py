@@ -17,7 +17,7 @@ from matformer.parcels import Batch
 
 LOG_SNRS = (-4, -2, 0, 2, 4)
 NOISE_SEED = 0
-FIRST_INDEX = 9  # of the noise: the flow loss of the same spans has 1 to 8
+FIRST_INDEX = 9  # of the noise: the loss of the same spans has 1 to 8
 
 
 def media_batches(config: RunConfig, modality: str) -> list[Batch]:

@@ -1,4 +1,4 @@
-"""Held-out numbers: bits per byte, flow losses, the router's choices; captions and baselines when a run is done."""
+"""Held-out numbers: bits per byte, losses of media, the router's choices; captions and baselines when a run is done."""
 
 from __future__ import annotations
 

@@ -39,9 +39,8 @@ def masked_attention(
 
 @dataclass(frozen=True, slots=True)
 class AttoView:
-    """What all layers of the Atto share in one forward: mask, rotary tables, and times if layers ask for them.
-
-    On CPU also the mask's tiles.
+    """What all layers of the Atto share in one forward: the mask, on CPU also as tiles, rotary tables, and times of
+    positions if the layers ask for them.
 
     `qkv_format` is what megatron-core reads of the object that carries these through its layers.
     """

@@ -6,10 +6,12 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from matformer.config.schema import MediaObjective
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +31,7 @@ _COLUMNS = (
     _Column("lr", "lr {:.1e}"),
 )
 _RATES = (_Column("bytes_per_second", "{} B/s"), _Column("latents_per_second", "{} lat/s"))
-_MEDIA = re.compile(r"(.+)/(?:flow|ddpm_eps|ddpm_v)_loss")
+_MEDIA = re.compile(rf"(.+)/(?:{'|'.join(get_args(MediaObjective))})_loss")
 
 
 class ProgressLine:

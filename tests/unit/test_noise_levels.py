@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_loss_weighting_for_sd3, compute_snr
 
 from matformer.config.schema import MediaObjective
-from matformer.data.packing import Noise, Piece, Place, pack_batch, with_noise
+from matformer.data.packing import Noise, Piece, Place, build_batch, pack_batch, with_noise
 from matformer.layers.flow import noised_rows, target_rows
 from matformer.layers.noise_levels import clean_scale, levels, loss_weights, on_index, target, time_of_log_snr
 from matformer.parcels import MediaUnits
@@ -65,6 +65,13 @@ def test_flows_noised_patches_are_those_of_diffusers_and_one_step_goes_back() ->
 
 def test_an_index_is_the_thousandth_that_a_time_lies_in() -> None:
     assert [on_index(time) for time in (0.0, 0.0011, 0.4999, 0.99999, 1.0)] == [0.0005, 0.0015, 0.4995, 0.9995, 0.9995]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_span_that_no_noise_was_drawn_for_is_clean(objective: MediaObjective) -> None:
+    model = with_media(tiny_run().model, objective=objective)
+    units = build_batch([document("a", b"x", image(1))], model=model, sequence_latents=9).media["image"]
+    assert torch.equal(noised_rows(units, objective=objective)[0], units.value_NF)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -131,5 +138,5 @@ def test_a_span_weighs_by_its_own_t_in_training_and_not_when_held_out() -> None:
     assert units.weight_J.tolist() == pytest.approx(expected, rel=1e-5)
     plain = replace(weighted, media={**weighted.media, "image": replace(units, weight_J=torch.ones(2))})
     model = plain_host(run).model.requires_grad_(False)
-    assert torch.equal(model(weighted)["image"], model(plain)["image"] * units.weight_J)
+    torch.testing.assert_close(model(weighted)["image"], model(plain)["image"] * units.weight_J)
     assert with_noise(weighted, time=0.3, seed=0, index=1).media["image"].weight_J.tolist() == [1.0, 1.0]

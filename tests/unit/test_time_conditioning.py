@@ -30,6 +30,7 @@ from matformer.data.packing import (
 from matformer.data.sources import Document, MediaSpan
 from matformer.engine.step import loss_weights
 from matformer.layers.modulation import TimeModulation, modulate, rows_of_positions
+from matformer.layers.tiles import ROWS
 from matformer.layers.time_conditioning import ENTRANCES
 from matformer.layers.time_embedding import TimeEmbedding, time_waves
 from matformer.losses.total import total_loss
@@ -49,6 +50,7 @@ from tests.made import (
 )
 
 EVERY: tuple[TimeConditioning, ...] = get_args(TimeConditioning)
+BY_TILES = 2 * ROWS + 1  # latents of a sequence whose attention is computed by tiles on CPU
 
 
 def run_with(conditioning: str, **keys: str) -> RunConfig:
@@ -278,10 +280,11 @@ def test_spans_that_text_follows_draw_at_most_one_half_and_others_as_ever(object
     assert times("clean_copy") == pytest.approx([0.9 + shift] * 4)
 
 
-def assert_text_reads_x_t_alone(model: Matformer) -> None:
+def assert_text_reads_x_t_alone(model: Matformer, *, length: int = LENGTH) -> None:
     """What follows reads a generated span through x_t: its gradients by x and by eps are alpha and sigma times one."""
-    model = model.double()
-    batch = batch_of([document("a", b"red ", image(1), b" then text")], model.model_config, time=0.25)
+    model, one = model.double(), document("a", b"red ", image(1), b" then text")
+    batch = batch_of([one], model.model_config, time=0.25, length=length)
+    assert (model.view(batch).tiles is not None) == (length > LENGTH)
     units = batch.media["image"]
     value, noise = units.value_NF.double().requires_grad_(), units.noise_NF.double().requires_grad_()
     media = {**batch.media, "image": replace(units, value_NF=value, noise_NF=noise)}
@@ -291,8 +294,10 @@ def assert_text_reads_x_t_alone(model: Matformer) -> None:
     torch.testing.assert_close(by_value / 0.75, by_noise / 0.25)
 
 
-def test_text_reads_a_noised_context_and_nothing_cleaner() -> None:
-    assert_text_reads_x_t_alone(model_with("add", media_context="noised"))
+@pytest.mark.parametrize("length", [LENGTH, BY_TILES])
+@pytest.mark.parametrize("conditioning", EVERY)
+def test_text_reads_a_noised_context_and_nothing_cleaner(conditioning: TimeConditioning, length: int) -> None:
+    assert_text_reads_x_t_alone(model_with(conditioning, media_context="noised"), length=length)
 
 
 def test_a_context_that_cannot_be_read_and_a_clean_one_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,15 +308,15 @@ def test_a_context_that_cannot_be_read_and_a_clean_one_are_seen(monkeypatch: pyt
         assert_text_reads_x_t_alone(model_with("add", media_context="noised"))
 
 
-def assert_nothing_earlier_and_no_other_document_reads_it(model: Matformer) -> None:
+def assert_nothing_earlier_and_no_other_document_reads_it(model: Matformer, *, length: int = LENGTH) -> None:
     model = model.double()
     rows = [[document("a", b"red ", image(1), b" then"), document("b", audio(2), b"text")]]
     pieces = [[Piece(one, Place(), Place(len(one.spans))) for one in row] for row in rows]
-    batch = pack_batch(pieces, [draw_zeros], model=model.model_config, sequence_latents=LENGTH)
+    batch = pack_batch(pieces, [draw_zeros], model=model.model_config, sequence_latents=length)
     batch = with_noise(batch, time=0.4, seed=0, index=0)
     hidden = model.embed(batch).detach().requires_grad_()
     latents = model.atto(hidden, model.view(batch))
-    places, document_S, span_S = torch.arange(LENGTH), batch.grid.document_BS[0], batch.grid.span_BS[0]
+    places, document_S, span_S = torch.arange(length), batch.grid.document_BS[0], batch.grid.span_BS[0]
     for place in (document_S >= 0).nonzero().flatten().tolist():
         (gradient,) = torch.autograd.grad(latents[0, place].square().sum(), hidden, retain_graph=True)
         same_span = (span_S == span_S[place]) & (span_S >= 0)
@@ -325,7 +330,8 @@ def assert_nothing_earlier_and_no_other_document_reads_it(model: Matformer) -> N
 
 def test_a_noised_context_leaks_neither_backwards_nor_into_other_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_with("add", media_context="noised")
-    assert_nothing_earlier_and_no_other_document_reads_it(model)
+    for length in (LENGTH, BY_TILES):
+        assert_nothing_earlier_and_no_other_document_reads_it(model, length=length)
     for planted in (
         lambda grid: masks.causal(grid) | masks.same_span(grid),
         lambda grid: masks.same_document(grid),
