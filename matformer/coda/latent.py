@@ -76,13 +76,13 @@ class LatentCoda(Coda[MediaUnits]):
 
     def _plain(self, x: Float[Tensor, "Qn D"], units: MediaUnits) -> Float[Tensor, "Qn D"]:
         if self.entrance == "added":
-            x = x + self.time(units.time_J).index_select(0, units.span_N[units.noised_row_Q])
+            x = x + self.time(units.time_T).index_select(0, units.time_of_Q)
         for norm, block in zip(self.norms, self.blocks, strict=True):
             x = x + block(norm(x))
         return self.output_norm(x)
 
     def _modulated(self, x: Float[Tensor, "Qn D"], units: MediaUnits) -> Float[Tensor, "Qn D"]:
-        *parts, shift, scale = self.time(units.time_J).index_select(0, units.span_N[units.noised_row_Q]).unbind(1)
+        *parts, shift, scale = self.time(units.time_T).index_select(0, units.time_of_Q).unbind(1)
         for number, (norm, block) in enumerate(zip(self.norms, self.blocks, strict=True)):
             block_shift, block_scale, gate = parts[3 * number : 3 * number + 3]
             x = x + gate * block(modulate(norm(x), shift=block_shift, scale=block_scale))

@@ -241,7 +241,7 @@ def test_the_error_of_the_clean_latent_is_that_of_x_t_less_t_times_the_velocity(
                 build_batch([document], model=run.model, sequence_latents=48), time=t, seed=0, index=index
             )
             units = batch.media["image"]
-            clean = (1 - t) * units.value_NF + t * units.noise_NF
+            clean = (1 - t) * units.value_NF + t * units.noise_QF
             clean = clean - t * model.code["image"](model.latents(batch).flatten(0, 1), units)
             total += float((clean - units.value_NF).square().sum())
             scalars += clean.numel()
@@ -274,7 +274,7 @@ def test_flow_loss_is_the_mean_over_scalars_and_eight_times(root: Path, numbers:
             batch = with_noise(plain, time=t, seed=0, index=k)
             units = batch.media["audio"]
             velocity = model.code["audio"](model.latents(batch).flatten(0, 1), units)
-            total += float((velocity - (units.noise_NF - units.value_NF)).square().sum())
+            total += float((velocity - (units.noise_QF - units.value_NF)).square().sum())
             scalars += velocity.numel()
     assert numbers["heldout/audio/flow_loss"] == pytest.approx(total / scalars, rel=1e-5)
 
