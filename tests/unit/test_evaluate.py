@@ -250,16 +250,18 @@ def test_the_error_of_the_clean_latent_is_that_of_x_t_less_t_times_the_velocity(
 
 def test_errors_of_clean_latents_are_the_same_for_all_objectives_where_the_network_says_nothing(root: Path) -> None:
     run, found = config(root), []
-    for objective in ("flow", "ddpm_eps", "ddpm_v"):
+    for objective in ("flow", "ddpm_eps", "ddpm_v", "next_latent"):
         media = {name: one.model_copy(update={"objective": objective}) for name, one in run.model.media.items()}
         asked = run.model_copy(update={"model": run.model.model_copy(update={"media": media})})
         evaluated = evaluate(build(asked, trained=False)[0], asked, full=True)
-        assert f"heldout/image/{objective}_loss" in evaluated
+        loss = "next_latent_flow_loss" if objective == "next_latent" else f"{objective}_loss"
+        assert f"heldout/image/{loss}" in evaluated
         found.append({name: value for name, value in evaluated.items() if "/x0_error" in name})
     assert len(found[0]) == 20
     for name, value in found[0].items():
         assert found[1][name] == pytest.approx(value, rel=1e-4), name
         assert found[2][name] == pytest.approx(value, rel=1e-4), name
+        assert found[3][name] == pytest.approx(value, rel=1e-4), name
     assert found[0]["heldout/image/x0_error_snr-4"] > 5 * found[0]["heldout/image/x0_error_snr4"]
 
 
