@@ -252,7 +252,8 @@ def test_errors_of_clean_latents_are_the_same_for_all_objectives_where_the_netwo
     run, found = config(root), []
     for objective in ("flow", "ddpm_eps", "ddpm_v", "next_latent"):
         media = {name: one.model_copy(update={"objective": objective}) for name, one in run.model.media.items()}
-        asked = run.model_copy(update={"model": run.model.model_copy(update={"media": media})})
+        few = run.eval.model_copy(update={"text_bytes": 0, "captioned_spans": 0})
+        asked = run.model_copy(update={"model": run.model.model_copy(update={"media": media}), "eval": few})
         evaluated = evaluate(build(asked, trained=False)[0], asked, full=True)
         loss = "next_latent_flow_loss" if objective == "next_latent" else f"{objective}_loss"
         assert f"heldout/image/{loss}" in evaluated
