@@ -52,7 +52,7 @@ class Mixture:
 
 
 def three(dims: int, *, seed: int = 0) -> Mixture:
-    """Three components of unequal weight, apart and correlated, of mean 0 and mean variance 1 as a whole."""
+    """Three components of unequal weight, apart and correlated; as a whole of mean 0, each scalar of variance 1."""
     dice = np.random.default_rng(seed)
     weight = np.array([0.5, 0.3, 0.2])
     mean = dice.standard_normal((3, dims))
@@ -60,5 +60,5 @@ def three(dims: int, *, seed: int = 0) -> Mixture:
     factor = 0.15 * dice.standard_normal((3, dims, dims))
     covariance = factor @ factor.transpose(0, 2, 1) + 0.01 * np.eye(dims)
     raw = Mixture(weight, mean, covariance)
-    scale = dims / np.trace(raw.moments()[1])
-    return Mixture(weight, np.sqrt(scale) * mean, scale * covariance)
+    spread = np.sqrt(np.diag(raw.moments()[1]))
+    return Mixture(weight, mean / spread, covariance / spread[:, None] / spread)
