@@ -51,8 +51,11 @@ def test_the_expectation_is_the_average_of_draws_weighed_by_how_likely_they_are(
         seen = levels * draws[number] + sigma * np.random.default_rng(number).standard_normal(len(levels))
         surprise = ((seen - levels * draws) / sigma)[8:]
         weight = np.exp(-0.5 * np.square(surprise).sum(1))
-        average = weight @ draws[8:] / weight.sum()
-        np.testing.assert_allclose(mixture.expected(seen[None], levels, sigma)[0], average, atol=0.03)
+        share = weight / weight.sum()
+        average = share @ draws[8:]
+        stderr = np.sqrt(np.square(share) @ np.square(draws[8:] - average))
+        assert stderr.max() < 0.05
+        assert (np.abs(mixture.expected(seen[None], levels, sigma)[0] - average) < 4 * stderr).all()
 
 
 def test_a_wrong_denoiser_and_wrong_samples_are_seen() -> None:

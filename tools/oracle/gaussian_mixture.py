@@ -42,7 +42,7 @@ PATCHES, SCALARS, NAME = 2, 2, "sound"
 DIMS = PATCHES * SCALARS
 SPANS = 256
 """Documents of a step."""
-STEPS, SAMPLES = 1000, 16_384
+STEPS, SAMPLES = 1000, 32_768
 CHUNK = 4096
 """Documents of one forward in evaluation and sampling."""
 
