@@ -93,6 +93,9 @@ def build_preludi(model: ModelConfig) -> dict[str, TextPreludio | TokenPreludio 
             atto_width=model.atto.width,
             num_buckets=len(media.buckets),
             places=places_of_axes(media),
+            objective=media.objective,
+            scaled=media.precondition != "none",
+            time_conditioning=media.time_conditioning,
         )
     return preludi
 
@@ -107,5 +110,8 @@ def build_code(model: ModelConfig) -> dict[str, TextCoda | TokenCoda | LatentCod
             width=media.coda_width,
             layers=media.coda_layers,
             places=places_of_axes(media),
+            objective=media.objective,
+            scaled=media.precondition != "none",
+            time_conditioning=media.time_conditioning,
         )
     return code

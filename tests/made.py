@@ -63,6 +63,12 @@ def as_diffused(model: ModelConfig, objective: str) -> ModelConfig:
     return ModelConfig.model_validate(model.model_dump() | {"text": text})
 
 
+def with_media(model: ModelConfig, *, media_context: str = "clean_copy", **keys: Any) -> ModelConfig:
+    """The same sizes with these keys in every modality."""
+    media = {name: media.model_dump() | keys for name, media in model.media.items()}
+    return ModelConfig.model_validate(model.model_dump() | {"media": media, "media_context": media_context})
+
+
 def as_tokens(model: ModelConfig, vocabulary: int) -> ModelConfig:
     """The same trunk with pieces of a vocabulary for text."""
     text = model.text.model_dump() | {"vocabulary": vocabulary}

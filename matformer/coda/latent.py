@@ -1,4 +1,4 @@
-"""Latents and noised patches -> velocities."""
+"""Latents and noised patches -> what the objective predicts of them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from matformer.coda.base import Coda
+from matformer.config.schema import MediaObjective, TimeConditioning
 from matformer.layers.feed_forward import SwiGLU
 from matformer.layers.flow import noised_rows
+from matformer.layers.modulation import TimeModulation, modulate
 from matformer.layers.norm import RMSNorm
 from matformer.layers.place_embedding import PlaceEmbedding
 from matformer.layers.precondition import Precondition
+from matformer.layers.time_conditioning import ENTRANCES
 from matformer.layers.time_embedding import TimeEmbedding
 from matformer.parcels import MediaUnits
 
@@ -24,19 +27,36 @@ class LatentCoda(Coda[MediaUnits]):
 
     The network's answer is a vector and a gain on each scalar of its input: where the local variance is not the
     channel's (silence, a white border) the best answer is another multiple of the noised patch, which an MLP would have
-    to carry through its width. Both last layers start at zero: the first velocity is that of a Gaussian with these
-    variances. Sources: MAR, section 3.2 (a small MLP a patch); Gaussian scale mixtures (Portilla 2003) for the gain.
+    to carry through its width. Both last layers start at zero: the first answer is that of a Gaussian with these
+    variances. The time is added to the input, or is scale, shift and gate of each block (all zero at first, so that a
+    block begins as nothing) and scale and shift behind the last norm, or is not told here.
+    Sources: MAR, section 3.2 (a small MLP a patch); Gaussian scale mixtures (Portilla 2003) for the gain; DiT, section
+    3.2 (adaLN-zero).
     """
 
     def __init__(
-        self, variance: Sequence[float], *, atto_width: int, width: int, layers: int, places: Sequence[int]
+        self,
+        variance: Sequence[float],
+        *,
+        atto_width: int,
+        width: int,
+        layers: int,
+        places: Sequence[int],
+        objective: MediaObjective = "flow",
+        scaled: bool = True,
+        time_conditioning: TimeConditioning = "add",
     ) -> None:
         super().__init__()
-        self.precondition = Precondition(variance)
+        self.objective: MediaObjective = objective
+        self.entrance = ENTRANCES[time_conditioning].coda
+        self.precondition = Precondition(variance, objective=objective, scaled=scaled)
         self.latent = nn.Linear(atto_width, width)
         self.patch = nn.Linear(len(variance), width)
         self.place = PlaceEmbedding(width, sizes=places)
-        self.time = TimeEmbedding(width)
+        if self.entrance == "added":
+            self.time = TimeEmbedding(width)
+        elif self.entrance == "film":
+            self.time = TimeModulation(width, parts=3 * layers + 2)
         self.norms = nn.ModuleList(RMSNorm(width) for _ in range(layers))
         self.blocks = nn.ModuleList(SwiGLU(width, 2 * width) for _ in range(layers))
         self.output_norm = RMSNorm(width)
@@ -44,12 +64,26 @@ class LatentCoda(Coda[MediaUnits]):
         self.gain = nn.Linear(width, len(variance))
 
     def forward(self, latent_LH: Float[Tensor, "L H"], units: MediaUnits) -> Float[Tensor, "Qn F"]:
-        noised, time_Q = noised_rows(units)
+        noised, time_Q = noised_rows(units, objective=self.objective)
         patch_QF = self.precondition.network_input(noised, time_Q).to(self.patch.weight.dtype)
-        level = self.time(units.time_J).index_select(0, units.span_N[units.noised_row_Q])
         x = self.latent(latent_LH.index_select(0, units.noised_slot_Q))
-        x = x + self.patch(patch_QF) + self.place(units.place_NX[units.noised_row_Q]) + level
+        x = x + self.patch(patch_QF) + self.place(units.place_NX[units.noised_row_Q])
+        if self.entrance == "film":
+            x = self._modulated(x, units)
+        else:
+            x = self._plain(x, units)
+        return self.precondition.prediction(self.velocity(x) + self.gain(x) * patch_QF, noised, time_Q)
+
+    def _plain(self, x: Float[Tensor, "Qn D"], units: MediaUnits) -> Float[Tensor, "Qn D"]:
+        if self.entrance == "added":
+            x = x + self.time(units.time_J).index_select(0, units.span_N[units.noised_row_Q])
         for norm, block in zip(self.norms, self.blocks, strict=True):
             x = x + block(norm(x))
-        x = self.output_norm(x)
-        return self.precondition.velocity(self.velocity(x) + self.gain(x) * patch_QF, noised, time_Q)
+        return self.output_norm(x)
+
+    def _modulated(self, x: Float[Tensor, "Qn D"], units: MediaUnits) -> Float[Tensor, "Qn D"]:
+        *parts, shift, scale = self.time(units.time_J).index_select(0, units.span_N[units.noised_row_Q]).unbind(1)
+        for number, (norm, block) in enumerate(zip(self.norms, self.blocks, strict=True)):
+            block_shift, block_scale, gate = parts[3 * number : 3 * number + 3]
+            x = x + gate * block(modulate(norm(x), shift=block_shift, scale=block_scale))
+        return modulate(self.output_norm(x), shift=shift, scale=scale)

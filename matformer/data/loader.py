@@ -180,6 +180,7 @@ class Loader:
                 lane=lane,
                 blind_probability=data.blind_probability,
                 time_shift=data.time_shift,
+                time_sampler=data.time_sampler,
             )
             for lane in lanes
         ]
