@@ -184,6 +184,14 @@ def check_loss_weighting(config: RunConfig) -> None:
         )
 
 
+def check_coda_heads(config: RunConfig) -> None:
+    """Heads of a Coda that attends share its width, each of an even size for its rotary pairs."""
+    for name, media in config.model.media.items():
+        if media.coda == "dit":
+            width, heads = f"model.media.{name}.coda_width", f"model.media.{name}.coda_heads"
+            _divides(2 * media.coda_heads, media.coda_width, f"twice {heads}", width)
+
+
 def check_sequence(config: RunConfig) -> None:
     """A media span is never cut: start, header, both copies and closing of the largest fit in a sequence."""
     copies = 2 if config.model.media_context == "clean_copy" else 1
@@ -325,6 +333,7 @@ RULES = (
     check_media_names,
     check_media_buckets,
     check_loss_weighting,
+    check_coda_heads,
     check_sequence,
     check_sources,
     check_degrees,

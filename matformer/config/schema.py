@@ -15,6 +15,7 @@ TimeConditioning = Literal["none", "add", "token", "adaln_preludio_coda", "adaln
 TimeSampler = Literal["uniform", "logit_normal", "mode"]
 LossWeighting = Literal["none", "min_snr", "cosmap"]
 MediaContext = Literal["clean_copy", "noised"]
+CodaKind = Literal["linear", "mlp", "dit"]
 Ngrams = tuple[Annotated[int, Field(ge=2)], ...]
 
 
@@ -90,7 +91,16 @@ class MediaConfig(Section):
     patch: Positive = Field(description="latent cells of a patch along each axis")
     buckets: tuple[tuple[Positive, ...], ...] = Field(description="shapes of the grid, in latent cells, ascending")
     coda_width: Positive = Field(description="inner width of the Coda's blocks")
-    coda_layers: Positive = Field(default=2, description="residual blocks of the Coda")
+    coda_layers: Positive = Field(default=2, description="residual blocks of the Coda; linear has none")
+    coda: CodaKind = Field(
+        default="mlp",
+        description="from a latent and its noised patch to the answer: linear maps, a residual MLP a patch, or (DiT) "
+        "the same with attention to the span's other patches before each block",
+    )
+    coda_heads: Positive = Field(default=4, description="dit: heads of its attention; divides coda_width")
+    coda_window: Positive = Field(
+        default=64, description="dit: patches that a patch looks ahead and back in raster order, itself included"
+    )
     channel_variance: tuple[Annotated[float, Field(gt=0.0)], ...] | None = Field(
         default=None,
         description="of each channel, normalised; for `precondition: channel`, from the data set's manifest if absent",

@@ -186,7 +186,7 @@ def test_modulations_that_keep_the_gradient_of_their_own_positions_are_seen(worl
     ("name", "keys"),
     [
         ("tp2 sequence parallel", {"time_conditioning": "token", "objective": "ddpm_eps", "media_context": "noised"}),
-        ("dp2 zero3", {"time_conditioning": "adaln_preludio_coda", "loss_weighting": "min_snr"}),
+        ("dp2 zero3", {"time_conditioning": "adaln_preludio_coda", "loss_weighting": "min_snr", "coda": "dit"}),
     ],
 )
 def test_other_ways_to_tell_the_time_and_a_noised_context_too(name: str, keys: dict[str, str], world: World) -> None:
