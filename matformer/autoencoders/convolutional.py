@@ -86,7 +86,7 @@ class ConvolutionalAutoencoder(Autoencoder):
     def fit(
         cls, media: Sequence[Tensor], *, medium: Medium, size: int, channels: int, **others: Any
     ) -> ConvolutionalAutoencoder:  # noqa: ANN401
-        """The closed-form one of these pictures (uint8 [3, y, x], of one size) or waves [samples]: where training starts."""
+        """The closed-form one of pictures (uint8 [3, y, x], one size) or waves [samples]: training starts there."""
         autoencoder = cls(medium=medium, size=size, channels=channels, **others)
         base = autoencoder.base
         if isinstance(base, PatchPCA):

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from matformer.config.schema import RunConfig
 from matformer.data.loader import heldout_documents
 from matformer.data.shards import ShardReader
-from matformer.data.sources import MediaSpan, TextSpan
+from matformer.data.sources import MediaSpan, TextSpan, latent_mean
 from matformer.errors import DataError
 from matformer.parallel.seeds import generator
 from matformer.shapes import END
@@ -278,7 +278,7 @@ def _train_latents(config: RunConfig, name: str, *, modality: str) -> Iterable[n
         latents = latents[modality]
     shift, scale = np.asarray(latents["shift"], np.float32), np.float32(latents["scale"])
     for i in range(0, len(reader), -(-len(reader) // MAX_TRAIN_LATENTS)):
-        mean = reader.array(i, "moments.npy").astype(np.float32)
+        mean = latent_mean(reader.array(i, "moments.npy"), reader.manifest).astype(np.float32)
         yield (mean - shift.reshape(-1, *[1] * (mean.ndim - 1))) * scale
 
 
