@@ -5,12 +5,16 @@ from __future__ import annotations
 import io
 import json
 import logging
+import subprocess
+import sys
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import soundfile
 import torch
@@ -315,6 +319,31 @@ def test_a_killed_command_goes_on_and_gives_the_same(
     for split in ("train", "heldout"):
         name = f"{split}/shard-000000.tar"
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_processes_that_the_system_kills_leave_parts_and_nothing_that_runs(project: Path, tmp_path: Path) -> None:
+    data = write_files(tmp_path / "many", suffix=".png", of=picture, count=300)
+    coder = accepted(pca(tmp_path / "coder"), data)
+    out, work = tmp_path / "out", tmp_path / ".out.encoding"
+    more = ["--out", str(out), "--heldout-one-in", "3", "--part-samples", "2", "--processes", "2"]
+    command = [sys.executable, "-m", "data_prep.encode_latents", *asked(coder, data, "4x4"), *more]
+    running = subprocess.Popen(command, cwd=project, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while not list(work.glob("part-*")) and time.monotonic() < end:
+        time.sleep(0.01)
+    workers = psutil.Process(running.pid).children(recursive=True)
+    running.kill()
+    running.wait()
+    parts = len(list(work.glob("part-*")))
+    assert 0 < parts < 150 and not out.exists()
+    psutil.wait_procs(workers, timeout=60)
+    assert not [worker for worker in workers if worker.is_running()]
+    assert run(coder, data, out, "--part-samples", "2") == 0
+    assert run(coder, data, tmp_path / "whole", "--part-samples", "2") == 0
+    for split in ("train", "heldout"):
+        name = f"{split}/shard-000000.tar"
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not work.exists()
 
 
 def test_two_processes_give_what_one_gives(pictures: Path, tmp_path: Path) -> None:

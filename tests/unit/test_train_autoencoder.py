@@ -41,7 +41,7 @@ def test_it_learns_what_the_closed_form_loses(medium: str, measure: str) -> None
     make = disc if medium == "image" else chirp
     samples, held = [make(draws) for _ in range(300)], [make(draws) for _ in range(16)]
     start = train(samples, like=small(medium), steps=0, batch=16, seed=0)
-    trained = train(samples, like=small(medium), steps=120, batch=16, seed=0)
+    trained = train(samples, like=small(medium), steps=200, batch=16, seed=0)
     assert score(trained, held)[measure] > score(start, held)[measure] + 1.0
 
 
