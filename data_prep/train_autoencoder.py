@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
-import os
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,6 +32,7 @@ from data_prep.records import is_held_out
 from data_prep.speech import SAMPLE_RATE, all_prompts, spoken_names
 from matformer.autoencoders import Autoencoder, ConvolutionalAutoencoder
 from matformer.errors import DataError, MatformerError
+from matformer.files import whole_folder
 
 log = logging.getLogger("data_prep.train_autoencoder")
 
@@ -52,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     asked = _parser().parse_args(arguments)
     try:
+        if asked.out.exists():
+            raise DataError(f"{asked.out} must not exist yet, got a folder or file; remove it or change --out")
         start = _untrained(asked)
         samples = _demo(asked) if asked.demo else _media(asked, start)
         train_on, held = _split(samples)
@@ -203,13 +204,10 @@ def _split(samples: Samples) -> tuple[list[np.ndarray], list[np.ndarray]]:
 
 
 def _save(autoencoder: Autoencoder, folder: Path) -> None:
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        autoencoder.save(beside)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(beside, folder)
+        with whole_folder(folder) as beside:
+            autoencoder.save(beside)
     except OSError as error:
-        shutil.rmtree(beside, ignore_errors=True)
         raise DataError(f"{folder} must be a folder that can be written, got: {error}; change --out") from error
 
 

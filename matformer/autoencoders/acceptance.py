@@ -9,6 +9,7 @@ from typing import Any
 
 from matformer.autoencoders.base import Autoencoder
 from matformer.errors import DataError
+from matformer.files import write_whole
 
 RECORD_FOLDER, RECORD_FILE = "acceptance", "acceptance.json"
 COMMAND = "python -m data_prep.accept_autoencoder --autoencoder {folder} --data MEDIA --buckets SHAPES"
@@ -41,8 +42,7 @@ class Acceptance:
 
     def save(self, folder: Path) -> None:
         """Into `folder`, which is made when missing."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / RECORD_FILE).write_text(json.dumps(self.manifest(), indent=1) + "\n")
+        write_whole(folder / RECORD_FILE, (json.dumps(self.manifest(), indent=1) + "\n").encode())
 
 
 def read_acceptance(folder: Path) -> Acceptance | None:
