@@ -26,7 +26,7 @@ from torch import Tensor
 from data_prep.contact_sheet import save_sheet
 from data_prep.media_items import Item, parts_of
 from data_prep.preparation import SUFFIXES, Preparation, as_media
-from data_prep.quality import channel_statistics, mel_distance, psnr, snr, ssim
+from data_prep.quality import SSIM_WINDOW, channel_statistics, mel_distance, psnr, snr, ssim
 from matformer.autoencoders import Autoencoder, load_autoencoder
 from matformer.autoencoders.acceptance import RECORD_FOLDER, Acceptance
 from matformer.errors import DataError, MatformerError
@@ -53,7 +53,7 @@ class Findings:
 
     def means(self) -> dict[str, float]:
         """The mean over samples of each measure, and of PSNR the 5th percentile too."""
-        found = {name: float(np.nanmean(values)) for name, values in self.quality.items() if not np.isnan(values).all()}
+        found = {name: float(np.mean(values)) for name, values in self.quality.items()}
         if "psnr_db" in self.quality:
             found["psnr_db_5th_percentile"] = float(np.percentile(self.quality["psnr_db"], 5))
         return found
@@ -71,10 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         thresholds = _thresholds(asked, modality=preparation.modality)
         record = judged(autoencoder, findings, thresholds=thresholds, preparation=preparation)
         out = asked.out or asked.autoencoder / RECORD_FOLDER
-        record.save(out)
+        out.mkdir(parents=True, exist_ok=True)
         save_sheet(
             out / "contact_sheet.png", findings.originals, findings.decoded, rate=preparation.sample_rate
         )  # fmt: skip
+        record.save(out)  # last: nothing is accepted without a sheet to look at
         Console(stderr=True).print(_table(record))
         if not record.accepted:
             raise DataError(
@@ -104,7 +105,9 @@ def add_preparation(parser: argparse.ArgumentParser, *, required: bool = True) -
     """Options that say how media become arrays."""
     parser.add_argument("--buckets", required=required, help="grids in latent cells, such as 8x8,6x10 or 32,64,128")
     parser.add_argument("--fit", choices=("pad", "crop", "exact"), default="pad", help="pictures, frames: to a bucket")
-    parser.add_argument("--level", choices=("speech", "as-is"), default="speech", help="sound: trim and level, or not")
+    parser.add_argument(
+        "--level", choices=("speech", "as-is"), help="sound: trim and level, or not; speech by default if mono"
+    )
     parser.add_argument("--fps", type=float, default=8.0, help="video: frames a second")
 
 
@@ -179,7 +182,8 @@ def _measures(decoded: Tensor, media: Tensor, *, preparation: Preparation) -> di
     found = {"psnr_db": float(psnr(decoded.clamp(-1, 1), media))}
     if preparation.modality in ("image", "video"):
         frames = [one[0].movedim(1, 0) if one.ndim == 5 else one for one in (decoded.clamp(-1, 1), media)]
-        found["ssim"] = float(ssim(*frames).mean())
+        if min(media.shape[-2:]) >= SSIM_WINDOW:
+            found["ssim"] = float(ssim(*frames).mean())
     return found
 
 

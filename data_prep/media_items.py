@@ -1,6 +1,7 @@
 """Where media lie: folders of files and WebDataset tars, in parts that are small enough to be done at once.
 
-A sample is a medium with what stands beside it under the same name: `.txt` its caption, `.json` what else is known.
+A sample is a medium with what stands beside it under the same name: `.txt` its caption, `.json` what else is known. Of
+several media under one name the one is taken whose ending stands first among the modality's.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matformer.errors import DataError
 
@@ -37,6 +38,15 @@ class Place:
         if self.size is not None and len(data) < self.size:
             raise DataError(f"{self.path} must hold {self.size} bytes at {self.offset}, got {len(data)}; copy it again")
         return data
+
+
+class Member(NamedTuple):
+    """A file of a sample. stem: its path up to the ending, shared by the sample. header: the byte it has in a tar."""
+
+    stem: str
+    ending: str
+    place: Place
+    header: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,29 +88,28 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """`count` samples: of a tar from number `first` on, or these files below `root`."""
+    """`count` samples: of a tar from the header at byte `start` on, or these files below `root`."""
 
     root: Path
     suffixes: tuple[str, ...]
     count: int
     tar: Path | None = None
-    first: int = 0
+    start: int = 0
     files: tuple[Path, ...] = ()
 
     def items(self) -> Iterator[Item]:
-        """The samples in order. Raises DataError where the tar breaks off before them."""
+        """The samples in order; where a tar is damaged, one more without a medium stands for the rest of it."""
         if self.tar is None:
-            yield from _grouped(
-                ((_key(path, root=self.root), path.name, Place(path)) for path in self.files), part=self
-            )
-            return
-        yield from islice(_in_tar(self.tar, part=self), self.first, self.first + self.count)
+            members = (Member(_stem(path, root=self.root), path.suffix, Place(path)) for path in self.files)
+        else:
+            members = _members(self.tar, start=self.start)
+        return islice(_items(members, part=self), self.count)
 
     def digest(self) -> str:
         """Changes with the names, sizes and times of the files, so that work done on others is not taken for it."""
         paths = [self.tar] if self.tar else list(self.files)
-        stats = [(str(path.relative_to(self.root)), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-        return hashlib.sha256(repr((self.suffixes, self.first, self.count, stats)).encode()).hexdigest()
+        stats = [(str(path.relative_to(self.root)), *_size_and_time(path)) for path in paths]
+        return hashlib.sha256(repr((self.suffixes, self.start, self.count, stats)).encode()).hexdigest()
 
 
 def parts_of(root: Path, *, suffixes: tuple[str, ...], samples: int) -> list[Part]:
@@ -122,11 +131,10 @@ def parts_of(root: Path, *, suffixes: tuple[str, ...], samples: int) -> list[Par
 def _parts_of_tars(tars: Iterable[Path], *, root: Path, suffixes: tuple[str, ...], samples: int) -> list[Part]:
     parts = []
     for tar in tars:
-        whole = Part(root, suffixes, count=0, tar=tar)
-        count = sum(1 for _ in _in_tar(tar, part=whole))
+        starts = [next(group).header for _, group in groupby(_members(tar), key=lambda member: member.stem)]
         parts += [
-            Part(root, suffixes, count=min(samples, count - first), tar=tar, first=first)
-            for first in range(0, count, samples)
+            Part(root, suffixes, count=min(samples, len(starts) - first), tar=tar, start=starts[first])
+            for first in range(0, len(starts), samples)
         ]
     return parts
 
@@ -134,9 +142,10 @@ def _parts_of_tars(tars: Iterable[Path], *, root: Path, suffixes: tuple[str, ...
 def _parts_of_files(root: Path, *, suffixes: tuple[str, ...], samples: int) -> list[Part]:
     wanted = {*suffixes, ".txt", ".json"}
     files = sorted(
-        (path for path in root.rglob("*") if path.suffix.lower() in wanted), key=lambda path: _key(path, root=root)
+        (path for path in root.rglob("*") if path.suffix.lower() in wanted),
+        key=lambda path: (_stem(path, root=root), path.suffix),
     )
-    groups = [tuple(group) for _, group in groupby(files, key=lambda path: _key(path, root=root))]
+    groups = [tuple(group) for _, group in groupby(files, key=lambda path: _stem(path, root=root))]
     groups = [group for group in groups if any(path.suffix.lower() in suffixes for path in group)]
     return [
         Part(root, suffixes, count=len(chosen), files=tuple(path for group in chosen for path in group))
@@ -145,42 +154,53 @@ def _parts_of_files(root: Path, *, suffixes: tuple[str, ...], samples: int) -> l
     ]
 
 
-def _key(path: Path, *, root: Path) -> str:
-    return _plain(path.relative_to(root).with_suffix("").as_posix())
+def _stem(path: Path, *, root: Path) -> str:
+    return path.relative_to(root).with_suffix("").as_posix()
 
 
 def _plain(name: str) -> str:
     """WebDataset splits names at dots and slashes."""
-    return re.sub(r"[./]", "_", name)
+    return re.sub(r"[./]", "_", name.strip("./")) or "unnamed"
 
 
-def _in_tar(tar: Path, *, part: Part) -> Iterator[Item]:
-    """Samples of a tar by its headers alone; where it breaks off, one more without a medium stands for the rest."""
-    yield from _grouped(_members(tar), part=part)
-
-
-def _members(tar: Path) -> Iterator[tuple[str, str, Place]]:
-    size = tar.stat().st_size
+def _size_and_time(path: Path) -> tuple[int, int]:
+    """(-1, 0) of what cannot be looked at, such as a link to nowhere: it is a bad sample once it is read."""
     try:
-        with tarfile.open(tar) as archive:
-            for member in archive:
-                if member.isfile():
-                    folder, _, name = member.name.rpartition("/")
-                    stem, _, suffix = name.partition(".")
-                    yield (
-                        _plain(f"{folder}/{stem}".strip("./")),
-                        f".{suffix}",
-                        Place(tar, member.offset_data, member.size),
-                    )
-                    if member.offset_data + member.size > size:
-                        return
-    except (tarfile.TarError, EOFError):
-        yield f"rest-of-{_plain(tar.stem)}", "", Place(tar)
+        found = path.stat()
+    except OSError:
+        return -1, 0
+    return found.st_size, found.st_mtime_ns
 
 
-def _grouped(members: Iterable[tuple[str, str, Place]], *, part: Part) -> Iterator[Item]:
-    for key, group in groupby(members, key=lambda member: member[0]):
-        named = {Path(name).suffix.lower() or name: place for _, name, place in group}
+def _members(tar: Path, *, start: int = 0) -> Iterator[Member]:
+    """By headers alone. Where the tar breaks off or a header is damaged, a last one without an ending says so."""
+    end, rest = start, f"rest-of-{tar.stem}"
+    try:
+        size = tar.stat().st_size
+        with tar.open("rb") as file:
+            file.seek(start)
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                while (member := archive.next()) is not None:
+                    archive.members.clear()  # else it keeps every header
+                    if member.isfile():
+                        folder, _, name = member.name.rpartition("/")
+                        stem, _, suffix = name.partition(".")
+                        place = Place(tar, member.offset_data, member.size)
+                        yield Member(f"{folder}/{stem}", f".{suffix}", place, member.offset)
+                    end = member.offset_data + member.size
+                    if end > size:
+                        return  # reading it names it
+                # tarfile takes what is no header for the end
+                file.seek(archive.offset)
+                if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                    yield Member(rest, "", Place(tar), archive.offset)
+    except (OSError, tarfile.TarError, EOFError):
+        yield Member(rest, "", Place(tar), end)
+
+
+def _items(members: Iterable[Member], *, part: Part) -> Iterator[Item]:
+    for stem, group in groupby(members, key=lambda member: member.stem):
+        named = {Path(member.ending).suffix.lower() or member.ending.lower(): member.place for member in group}
         suffix = next((one for one in part.suffixes if one in named), "")
         shard = str(part.tar if part.tar else part.root)
-        yield Item(key, shard, suffix, named.get(suffix), caption=named.get(".txt"), facts=named.get(".json"))
+        yield Item(_plain(stem), shard, suffix, named.get(suffix), caption=named.get(".txt"), facts=named.get(".json"))

@@ -15,7 +15,7 @@ import numpy as np
 import soundfile
 import torch
 from jaxtyping import Float
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from data_prep.speech import SILENCE, levelled, resampled, trimmed
@@ -54,10 +54,19 @@ class Preparation:
 
     @classmethod
     def of(
-        cls, autoencoder: Autoencoder, *, buckets: Sequence[Sequence[int]], fit: Fit = "pad", level: Level = "speech",
-        fps: float = 8.0,
+        cls, autoencoder: Autoencoder, *, buckets: Sequence[Sequence[int]], fit: Fit = "pad",
+        level: Level | None = None, fps: float = 8.0,
     ) -> Preparation:  # fmt: skip
-        """For this autoencoder. Raises DataError if a bucket has not its rank."""
+        """For this autoencoder; without `level`, one channel is taken for speech.
+
+        Raises DataError if a bucket has not its rank, or several channels are to be levelled as speech.
+        """
+        level = level or ("speech" if autoencoder.media_channels == 1 else "as-is")
+        if level == "speech" and autoencoder.media_channels > 1 and autoencoder.sample_rate is not None:
+            raise DataError(
+                f"sound of {autoencoder.media_channels} channels must be taken as it is, got --level speech; set "
+                "--level as-is"
+            )
         rank = len(autoencoder.downsampling)
         for bucket in buckets:
             if len(bucket) != rank or min(bucket) < 1:
@@ -105,13 +114,14 @@ class Preparation:
     def _picture(self, data: bytes) -> tuple[int, np.ndarray]:
         try:
             with Image.open(io.BytesIO(data)) as file:
+                ImageOps.exif_transpose(file, in_place=True)  # as a viewer turns it
                 drawing = file.convert("RGB" if file.mode in ("RGB", "L", "CMYK", "YCbCr") else "RGBA")
         # a damaged PNG raises SyntaxError, damaged sizes ValueError
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
             raise DataError(
                 f"a picture must be a whole file that pillow opens, got: {error}; repair or remove it"
             ) from error
-        bucket = self._nearest(drawing.size, sides=[axes for axes in self.axes])
+        bucket = self._nearest(drawing.size, sides=self.axes)
         return bucket, _channels_first(self._fitted(drawing, sides=self.axes[bucket]))
 
     def _video(self, data: bytes) -> tuple[int, np.ndarray]:
@@ -135,11 +145,14 @@ class Preparation:
             raise DataError(
                 f"a sound must be a whole file that libsndfile opens, got: {error}; repair or remove it"
             ) from error
-        if not len(wave) or not np.abs(wave).max() > SILENCE:  # `not >`: nan is no sound either
+        mixed = [wave.mean(1)] if self.channels == 1 or wave.shape[1] == 1 else list(wave.T[: self.channels])
+        channels = [resampled(channel, rate=rate, to=self.sample_rate) for channel in mixed if len(channel)]
+        # asked of what is left: opposite sides cancel, and tones above half the rate are gone
+        if (
+            not max((np.abs(channel).max(initial=0) for channel in channels), default=0) > SILENCE
+        ):  # `not >`: nan is none either
             raise DataError(f"a sound must be louder than {SILENCE} of full scale somewhere, got silence; remove it")
-        channels = [wave.mean(1)] if self.channels == 1 or wave.shape[1] == 1 else list(wave.T[: self.channels])
-        channels = [resampled(channel, rate=rate, to=self.sample_rate) for channel in channels]
-        if self.level == "speech" and self.channels == 1:
+        if self.level == "speech":
             channels = [levelled(trimmed(channels[0]))]
         length = len(channels[0])
         bucket = min(

@@ -172,9 +172,10 @@ def _plain(value: Any) -> Any:  # noqa: ANN401
 def is_diffusers_folder(folder: Path) -> bool:
     """Whether `save_pretrained` of a diffusers model wrote it."""
     try:
-        return "_class_name" in json.loads((folder / CONFIG_FILE).read_bytes())
+        found = json.loads((folder / CONFIG_FILE).read_bytes())
     except (OSError, ValueError):
         return False
+    return isinstance(found, dict) and "_class_name" in found
 
 
 def load_diffusers(folder: Path) -> DiffusersAutoencoder:
