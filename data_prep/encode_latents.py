@@ -167,7 +167,8 @@ def _done(jobs: Sequence[Job], *, coder: Coder, autoencoder: Autoencoder | None,
     if processes <= 1 or len(jobs) <= 1:
         yield from map(PartEncoder(coder, autoencoder=autoencoder).encode, jobs)
         return
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["data_prep.encode_part"])  # torch is loaded once, and its memory shared
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_begin, initargs=(threads,)) as pool:
         waiting: deque[Future[Job]] = deque()

@@ -23,9 +23,11 @@ from PIL import Image
 from data_prep import accept_autoencoder, encode_latents, encode_part
 from data_prep.accept_autoencoder import main as accept
 from data_prep.encode_latents import main as encode
+from data_prep.media_items import parts_of
 from data_prep.preparation import Preparation, as_media
 from matformer.autoencoders import MDCTPCA, PatchPCA, load_autoencoder
 from matformer.autoencoders.acceptance import Acceptance, read_acceptance
+from matformer.autoencoders.from_diffusers import DiffusersAutoencoder
 from matformer.config.schema import DataConfig, MediaConfig, ModelConfig, SourceConfig
 from matformer.data.shards import ShardReader
 from matformer.data.sources import MediaSpan, open_source
@@ -423,6 +425,100 @@ def test_a_tar_that_breaks_off_gives_what_it_holds(tmp_path: Path) -> None:
     assert sorted(written(tmp_path / "out")) == [f"t{i:02d}" for i in range(9)]
     (bad,) = json.loads((tmp_path / "out" / "bad_samples.json").read_bytes())
     assert bad["shard"].endswith("a.tar")
+
+
+def bad_and_good(folder: Path) -> tuple[list[str], list[str]]:
+    """Keys of samples whose medium cannot be read, and of the others, part by part."""
+    items = [item for part in parts_of(folder, suffixes=(".png",), samples=5) for item in part.items()]
+    bad = [item.key for item in items if item.media is None]
+    return bad, [item.key for item in items if item.media is not None]
+
+
+def test_parts_of_a_tar_begin_where_the_one_before_ended(tmp_path: Path) -> None:
+    data = write_tar(tmp_path / "tars" / "a.tar", suffix=".png", of=picture)
+    parts = parts_of(data, suffixes=(".png",), samples=5)
+    assert [[item.key for item in part.items()] for part in parts] == [
+        [f"t{i:02d}" for i in range(first, min(first + 5, COUNT))] for first in (0, 5, 10)
+    ]
+    for number, item in enumerate(item for part in parts for item in part.items()):
+        assert item.media is not None and item.media.read() == picture(number)
+        assert item.texts()[0]["text"] == f"sample {number}"
+
+
+def test_a_tar_without_its_end_or_with_a_damaged_header_says_so(tmp_path: Path) -> None:
+    data = write_tar(tmp_path / "tars" / "a.tar", suffix=".png", of=picture)
+    whole = (data / "a.tar").read_bytes()
+    assert bad_and_good(data) == ([], [f"t{i:02d}" for i in range(COUNT)])
+    with tarfile.open(data / "a.tar") as tar:
+        start = tar.getmember("t09.png").offset
+    (data / "a.tar").write_bytes(whole[:start])
+    assert bad_and_good(data) == (["rest-of-a"], [f"t{i:02d}" for i in range(9)])
+    (data / "a.tar").write_bytes(whole[:start] + b"x" * 512 + whole[start + 512 :])
+    assert bad_and_good(data) == (["rest-of-a"], [f"t{i:02d}" for i in range(9)])
+    (data / "a.tar").write_bytes(b"")
+    assert bad_and_good(data) == (["rest-of-a"], [])
+
+
+def test_samples_that_would_share_a_key_and_links_to_nowhere_are_named(pictures: Path, tmp_path: Path) -> None:
+    coder = accepted(pca(tmp_path / "coder"), pictures)
+    for name in ("a.b", "a_b"):
+        (pictures / f"{name}.png").write_bytes(picture(3))
+        (pictures / f"{name}.txt").write_text("one of two")
+    (pictures / "c.png").symlink_to(tmp_path / "nowhere.png")
+    (pictures / "c.txt").write_text("gone")
+    assert run(coder, pictures, tmp_path / "out") == 0
+    bad = {one["key"]: one["reason"] for one in json.loads((tmp_path / "out" / "bad_samples.json").read_bytes())}
+    assert sorted(bad) == ["a_b", "c"] and "must be unique" in bad["a_b"] and "must be readable" in bad["c"]
+    assert sorted(written(tmp_path / "out")) == ["a_b", *(f"s{i:02d}" for i in range(COUNT))]
+
+
+def wav(wave: np.ndarray, *, rate: int = RATE) -> bytes:
+    stream = io.BytesIO()
+    soundfile.write(stream, wave, rate, format="wav")
+    return stream.getvalue()
+
+
+def test_a_sound_of_which_nothing_is_left_is_silent() -> None:
+    preparation = Preparation.of(MDCTPCA(hop=160, channels=8, sample_rate=RATE), buckets=[(32,)])
+    tone = 0.3 * np.sin(np.arange(2000))
+    too_high = 0.3 * np.sin(2 * np.pi * 9000 / 32000 * np.arange(8000)) * np.hanning(8000)
+    for data in (
+        wav(np.stack([tone, -tone], 1)),
+        wav(too_high, rate=32000),
+        wav(np.ones(2) / 2, rate=44100),
+        wav(np.zeros(0)),
+    ):
+        with pytest.raises(DataError, match="got silence"):
+            preparation.read(data, suffix=".wav")
+    assert preparation.read(wav(np.stack([tone, tone / 2], 1)), suffix=".wav")[0] == 0
+
+
+def test_stereo_is_not_levelled_as_speech() -> None:
+    stereo = DiffusersAutoencoder(tiny_diffusers("AutoencoderOobleck"))
+    assert Preparation.of(stereo, buckets=[(300,)]).level == "as-is"
+    with pytest.raises(DataError, match="set --level as-is"):
+        Preparation.of(stereo, buckets=[(300,)], level="speech")
+
+
+def test_a_photograph_is_turned_as_its_camera_says() -> None:
+    upright = Image.open(io.BytesIO(picture(1)))
+    stream, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    upright.rotate(90).save(stream, format="png", exif=exif)
+    preparation = Preparation.of(PatchPCA(factor=8, channels=4), buckets=[(4, 4)])
+    _, array = preparation.read(stream.getvalue(), suffix=".png")
+    assert np.array_equal(array, np.asarray(upright).transpose(2, 0, 1))
+
+
+def test_one_sample_that_decodes_to_nan_is_enough_to_refuse() -> None:
+    autoencoder = PatchPCA(factor=8, channels=4)
+    preparation = Preparation.of(autoencoder, buckets=[(4, 4)])
+    latents = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    quality = {"psnr_db": [30.0, float("nan")], "ssim": [0.9, 0.9]}
+    findings = accept_autoencoder.Findings(quality=quality, latents=[latents])
+    thresholds = accept_autoencoder.DEFAULTS["image"]
+    record = accept_autoencoder.judged(autoencoder, findings, thresholds=thresholds, preparation=preparation)
+    assert not record.accepted and record.failed == ["psnr_db is undefined"]
 
 
 def test_pictures_are_padded_with_white_cropped_or_taken_as_they_are() -> None:

@@ -74,7 +74,9 @@ def test_sounds_of_a_folder_are_trained_on(tmp_path: Path, capsys: pytest.Captur
     asked = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), *more]
     assert main([*asked, "--buckets", "64"]) == 0
     assert load_autoencoder(tmp_path / "out").sample_rate == 8000
-    assert main(asked) == 2
+    assert main([*asked, "--buckets", "64"]) == 2
+    assert "must not exist yet" in capsys.readouterr().err
+    assert main([*asked, "--out", str(tmp_path / "other")]) == 2
     assert "set --buckets" in capsys.readouterr().err
 
 
