@@ -203,4 +203,5 @@ def _items(members: Iterable[Member], *, part: Part) -> Iterator[Item]:
         named = {Path(member.ending).suffix.lower() or member.ending.lower(): member.place for member in group}
         suffix = next((one for one in part.suffixes if one in named), "")
         shard = str(part.tar if part.tar else part.root)
-        yield Item(_plain(stem), shard, suffix, named.get(suffix), caption=named.get(".txt"), facts=named.get(".json"))
+        media = named[suffix] if suffix else None
+        yield Item(_plain(stem), shard, suffix, media, caption=named.get(".txt"), facts=named.get(".json"))
