@@ -181,7 +181,7 @@ def _members(tar: Path, *, start: int = 0) -> Iterator[Member]:
             file.seek(start)
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 while (member := archive.next()) is not None:
-                    archive.members.clear()  # else it keeps every header
+                    archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  else it keeps every header
                     if member.isfile():
                         folder, _, name = member.name.rpartition("/")
                         stem, _, suffix = name.partition(".")
