@@ -9,7 +9,6 @@ import argparse
 import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 import yaml
 
 from matformer.errors import ConfigError, MatformerError
+from matformer.files import write_whole
 from matformer.observe import gallery, page
 from matformer.observe.curves import Level, Series, panel
 from matformer.observe.progress import amount_text, duration_text
@@ -95,9 +95,7 @@ def write_report(run_folder: Path) -> Path:
     material = gather(folder)
     parts = [section(material) for section in SECTIONS]
     path = folder / "report.html"
-    beside = folder / f".report.html.{os.getpid()}"
-    beside.write_text(page.document(f"{material.name} · Matformer", parts), encoding="utf-8")
-    os.replace(beside, path)
+    write_whole(path, page.document(f"{material.name} · Matformer", parts).encode())
     return path
 
 

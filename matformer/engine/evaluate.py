@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from matformer.engine.clean_errors import clean_errors, media_batches
 from matformer.engine.document_sums import Documents, document_sums, gather_documents, velocity_scalars
 from matformer.engine.paired import caption_gain
 from matformer.engine.restore import load_for_inference
+from matformer.files import write_whole
 from matformer.hosts.base import Host
 from matformer.losses.flow import loss_name
 from matformer.parcels import Batch
@@ -266,6 +266,4 @@ def _keep(folder: Path, evaluation: Evaluation) -> None:
 
 def _write(path: Path, tree: dict[str, float]) -> None:
     """Whole or not at all: a report may be reading."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    write_whole(path, (json.dumps(tree, indent=1) + "\n").encode())
