@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from matformer.coda.base import Coda
 from matformer.coda.neighbours import Neighbours
 from matformer.config.schema import CodaKind, MediaObjective, TimeConditioning
+from matformer.layers.cells import CellShape, CellsUp, canvases
 from matformer.layers.feed_forward import SwiGLU
 from matformer.layers.flow import noised_rows
 from matformer.layers.local_attention import LocalAttention
@@ -54,6 +55,8 @@ class LatentCoda(Coda[MediaUnits]):
         kind: CodaKind = "mlp",
         heads: int = 4,
         window: int = 64,
+        cells: CellShape | None = None,
+        unet_width: int = 0,
     ) -> None:
         super().__init__()
         self.objective: MediaObjective = objective
@@ -75,7 +78,11 @@ class LatentCoda(Coda[MediaUnits]):
         self.norms = nn.ModuleList(RMSNorm(width) for _ in range(layers))
         self.blocks = nn.ModuleList(SwiGLU(width, 2 * width) for _ in range(layers))
         self.output_norm = nn.Identity() if kind == "linear" else RMSNorm(width)
-        self.velocity = nn.Linear(width, len(variance))
+        self.cells = cells if unet_width else None
+        if self.cells is None:
+            self.velocity = nn.Linear(width, len(variance))
+        else:
+            self.up = CellsUp(self.cells, width=unet_width, coda_width=width)
         self.gain = nn.Linear(width, len(variance))
 
     def forward(self, latent_LH: Float[Tensor, "L H"], units: MediaUnits) -> Float[Tensor, "Qn F"]:
@@ -87,7 +94,17 @@ class LatentCoda(Coda[MediaUnits]):
             x = self._modulated(x, units)
         else:
             x = self._plain(x, units)
-        return self.precondition.prediction(self.velocity(x) + self.gain(x) * patch_QF, noised, time_Q)
+        return self.precondition.prediction(self._vector(x, patch_QF, units) + self.gain(x) * patch_QF, noised, time_Q)
+
+    def _vector(
+        self, x: Float[Tensor, "Qn D"], patch_QF: Float[Tensor, "Qn F"], units: MediaUnits
+    ) -> Float[Tensor, "Qn F"]:
+        if self.cells is None:
+            return self.velocity(x)
+        row = units.noised_row_Q
+        place, count = units.place_NX[row], len(units.time_J)
+        on = canvases(units.span_N[row], place, count=count, shape=self.cells, dtype=x.dtype)
+        return self.up(x, patch_QF, on)
 
     def _branches(self, units: MediaUnits) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
         """Each norm with what stands behind it, in their order."""

@@ -97,6 +97,11 @@ class MediaConfig(Section):
         description="from a latent and its noised patch to the answer: linear maps, a residual MLP a patch, or (DiT) "
         "the same with attention to the span's other patches before each block",
     )
+    unet_width: Natural = Field(
+        default=0,
+        description="channels of convolutions over latent cells, in the Preludio before patches are cut and in the "
+        "Coda after they are predicted (a U-Net of one level); 0 has none",
+    )
     coda_heads: Positive = Field(default=4, description="dit: heads of its attention; divides coda_width")
     coda_window: Positive = Field(
         default=64, description="dit: patches that a patch looks ahead and back in raster order, itself included"

@@ -185,7 +185,10 @@ def test_modulations_that_keep_the_gradient_of_their_own_positions_are_seen(worl
 @pytest.mark.parametrize(
     ("name", "keys"),
     [
-        ("tp2 sequence parallel", {"time_conditioning": "token", "objective": "ddpm_eps", "media_context": "noised"}),
+        (
+            "tp2 sequence parallel",
+            {"time_conditioning": "token", "objective": "ddpm_eps", "media_context": "noised", "unet_width": 4},
+        ),
         ("dp2 zero3", {"time_conditioning": "adaln_preludio_coda", "loss_weighting": "min_snr", "coda": "dit"}),
     ],
 )

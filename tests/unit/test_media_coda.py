@@ -14,6 +14,7 @@ from matformer.config.schema import CodaKind, ModelConfig
 from matformer.data.packing import build_batch, with_noise
 from matformer.data.sources import Document
 from matformer.engine.step import loss_weights
+from matformer.layers.cells import CellsDown, CellShape, CellsUp, canvases
 from matformer.layers.flow import noised_rows
 from matformer.layers.precondition import Precondition
 from matformer.losses.total import total_loss
@@ -154,3 +155,88 @@ def test_alone_is_packed_where_the_coda_attends() -> None:
         alone = [float(model(packed([[one]], length=LENGTH))["image"].sum()) for one in documents]
         together = model(packed([documents[::-1]], length=2 * LENGTH))["image"].tolist()
     assert together == pytest.approx(alone[::-1], rel=1e-5)
+
+
+# U-Net
+
+
+def test_rows_laid_on_canvases_are_taken_back_and_cells_are_where_unpatchify_puts_them() -> None:
+    shape = CellShape((1, 2, 4), patch=2, rank=2, channels=2)
+    model = tiny_run().model
+    spans = [image(1), image(2, wide=True)]
+    units = units_of([document(str(i), one) for i, one in enumerate(spans)], model)
+    rows = units.value_NF[units.noised_row_Q]
+    copy, place = units.span_N[units.noised_row_Q], units.place_NX[units.noised_row_Q]
+    on = canvases(copy, place, count=2, shape=shape, dtype=rows.dtype)
+    cells = on.lay(rows)
+    assert torch.equal(on.take(cells), rows)
+    for span, canvas, known in zip(spans, cells, on.known, strict=True):
+        wide = span.latent.shape[2]
+        assert torch.equal(canvas[:, :, :wide], torch.from_numpy(span.latent))
+        assert known[:, :, :wide].all()
+        assert not canvas[:, :, wide:].any()
+        assert not known[:, :, wide:].any()
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_what_else_is_on_the_canvas_changes_nothing(rank: int) -> None:
+    """A grid alone on a canvas of its own size, and in the corner of a larger one."""
+    rows, place, shapes = grid_rows(rank)
+    found = []
+    for shape in shapes:
+        torch.manual_seed(0)
+        down, up = CellsDown(shape, width=6, atto_width=5), CellsUp(shape, width=6, coda_width=5)
+        with torch.no_grad():
+            on = canvases(torch.zeros(len(rows), dtype=torch.long), place, count=1, shape=shape, dtype=rows.dtype)
+            latents = down(rows, on)
+            found.append((latents, up(latents, rows, on)))
+    for small, large in zip(*found, strict=True):
+        torch.testing.assert_close(small, large)
+        assert small.abs().max() > 0
+
+
+def grid_rows(rank: int) -> tuple[Tensor, Tensor, list[CellShape]]:
+    """Patches of 2 cells of one small grid, and canvases as large as it and larger."""
+    small, large = {1: ((3, 1, 1), (5, 1, 1)), 2: ((1, 2, 3), (1, 4, 3)), 3: ((2, 2, 1), (3, 2, 4))}[rank]
+    place = torch.cartesian_prod(*(torch.arange(size) for size in small))
+    rows = torch.randn(len(place), 3 * 2**rank, generator=torch.Generator().manual_seed(2))
+    return rows, place, [CellShape(places, patch=2, rank=rank, channels=3) for places in (small, large)]
+
+
+@pytest.mark.parametrize("conditioning", ["add", "adaln_atto"])
+def test_a_unet_learns_alone_as_packed_and_with_media_absent(conditioning: str) -> None:
+    run = tiny_run()
+    keys = {"unet_width": 4, "time_conditioning": conditioning}
+    host = plain_host(run.model_copy(update={"model": with_media(run.model, **keys)}), stirred=True)
+    documents = [document("a", b"red ", image(1)), document("b", image(2, wide=True), b"wide"), document("c", image(3))]
+    with torch.no_grad():
+        alone = [float(host.model(packed([[one]], length=LENGTH))["image"].sum()) for one in documents]
+        together = host.model(packed([documents[::-1]], length=2 * LENGTH))["image"].tolist()
+    assert together == pytest.approx(alone[::-1], rel=1e-5)
+    for some in (mixed_documents(), [document("t", b"only text")]):
+        host.model.zero_grad(set_to_none=True)
+        batch = with_noise(
+            build_batch(some, model=host.config.model, sequence_latents=LENGTH), time=0.4, seed=0, index=0
+        )
+        total_loss(host.model(batch), counts=batch.counts(), weights=loss_weights(host.config)).backward()
+        assert all(weight.grad is not None for weight in host.model.parameters())
+        assert all(bool(weight.grad.any()) == (len(some) > 1) for weight in host.model.code["image"].parameters())
+
+
+def test_a_clean_copy_and_a_noised_one_do_not_touch_on_their_canvases() -> None:
+    """By gradient: latents of clean patches do not read the noise."""
+    model = model_of("mlp", unet_width=4)
+    batch = with_noise(
+        build_batch([document("a", image(1), b"x")], model=model.model_config, sequence_latents=LENGTH),
+        time=0.4,
+        seed=0,
+        index=0,
+    )
+    units = batch.media["image"]
+    noise = units.noise_NF.clone().requires_grad_()
+    rows, slots = model.preludi["image"](replace(units, noise_NF=noise))
+    clean = torch.isin(slots, units.clean_slot_Q)
+    (of_clean,) = torch.autograd.grad(rows[clean].sum(), noise, retain_graph=True, allow_unused=True)
+    (of_noised,) = torch.autograd.grad(rows[~clean].sum(), noise)
+    assert of_clean is None or not of_clean.any()
+    assert of_noised.any()
