@@ -95,7 +95,7 @@ def vibevoice(dtype: str, *, noises: int = NOISES) -> Built:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from diffusers import DPMSolverMultistepScheduler
+        from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
         from transformers import Qwen2Config, VibeVoiceConfig, VibeVoiceForConditionalGeneration
 
     torch.manual_seed(0)
