@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml Makefile
 	else echo "Python 3.11 or 3.12 with its venv module must be on PATH, got neither; install one, or uv" >&2; exit 2; fi
 	@echo "setting up .venv: once, some minutes and up to some GB"
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[demo,dev]"
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[demo,media,dev]"
 	@touch $@
 
 demo: env

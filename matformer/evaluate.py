@@ -80,6 +80,8 @@ def _rivals(
         return [("the commonest answer", numbers["router/majority"], None, HIGHER)]
     if part == "captions":
         return [("captions unused", CHANCE_GAIN, None, HIGHER)]
+    if number not in ("bits_per_byte", "flow_loss"):
+        return []
     same = [key for key in baselines if key.startswith(f"{part}/") and not key.endswith("_stderr")]
     return [(key.split("/")[1], baselines[key], baselines.get(f"{key}_stderr"), LOWER) for key in same]
 

@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from matformer.atto.trunk import atto_view
+from matformer.atto.trunk import atto_view, position_times
 from matformer.config.schema import ModelConfig
 from matformer.hosts.base import Sums, Trunk
+from matformer.layers.attention import AttoView
 from matformer.layers.segments import segment_sum
+from matformer.layers.time_conditioning import modulated_media
 from matformer.losses.flow import squared_error
 from matformer.losses.route import bucket_nats, kind_nats
 from matformer.losses.text import end_nats, symbol_nats
@@ -61,7 +63,13 @@ class Matformer(nn.Module):
     def run(self, batch: Batch) -> tuple[Tensor, Float[Tensor, "U D"] | None]:
         """As `latents`, and the Coda's inputs for text where the Preludio makes them."""
         hidden, text_input_UD = self._embedded(batch) if self.is_first else (None, None)
-        return self.atto(hidden, atto_view(batch.grid, self.model_config.atto)), text_input_UD
+        return self.atto(hidden, self.view(batch)), text_input_UD
+
+    def view(self, batch: Batch) -> AttoView:
+        """What the Atto's layers are told of this microbatch; the same on every stage."""
+        config = self.model_config
+        times = position_times(batch, modulated_media(config))
+        return atto_view(batch.grid, config.atto, media_context=config.media_context, times=times)
 
     def latents(self, batch: Batch) -> Tensor:
         """The Atto's output `[B, S, H]` on the last stage, else what this stage sends."""
@@ -108,10 +116,11 @@ class Matformer(nn.Module):
         nats, document = self._text_nats(latent_LH, batch.text, text_input_UD)
         sums: Sums = {"text": segment_sum(nats, document, num_segments=batch.num_documents)}
         for name in self.model_config.media:
-            units = batch.media[name]
-            errors = squared_error(self.code[name](latent_LH, units), units)
-            document_Q = units.document_J[units.span_N[units.noised_row_Q]]
-            sums[name] = segment_sum(errors, document_Q, num_segments=batch.num_documents)
+            units, objective = batch.media[name], self.model_config.media[name].objective
+            span_Q = units.span_N[units.noised_row_Q]
+            errors = squared_error(self.code[name](latent_LH, units), units, objective=objective)
+            errors = errors * units.weight_J[span_Q]
+            sums[name] = segment_sum(errors, units.document_J[span_Q], num_segments=batch.num_documents)
         return sums | self._routed(latent_LH, batch)
 
     def _text_nats(

@@ -91,7 +91,9 @@ class MediaUnits:
     time: t of each span's noised copy (1 is noise), 0 where the span has none.
     noised_row / noised_slot: row in N and flat position b * S + s of every noised position; clean_*: likewise.
     header_slot, closing_slot: flat positions of each span's header and closing; bucket: its shape bucket.
-    The velocity target of a noised row is noise - value.
+    weight: of each span's squared errors in the loss; 1 in held-out batches.
+    time_span / time_slot: span and flat position of each position that holds nothing but t (conditioning `token`).
+    What is predicted of a noised row is noise - value under `flow`; `layers/noise_levels.py` has the others.
     """
 
     value_NF: Float[Tensor, "N F"]
@@ -107,6 +109,9 @@ class MediaUnits:
     noised_slot_Q: Int[Tensor, " Qn"]
     clean_row_Q: Int[Tensor, " Qc"]
     clean_slot_Q: Int[Tensor, " Qc"]
+    weight_J: Float[Tensor, " J"]
+    time_span_Q: Int[Tensor, " Qt"]
+    time_slot_Q: Int[Tensor, " Qt"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +165,7 @@ class Batch:
         )
 
     def counts(self) -> dict[str, float]:
-        """How many terms each loss sums here, known before the forward: symbols, scalars of velocity, questions."""
+        """Terms that each loss sums here, known before the forward: symbols, scalars of noised patches, questions."""
         symbols = self.text.token_P.numel() or int(self.text.scored_U.sum())
         counts = {"text": float(symbols), "router": float(self.route.slot_R.numel())}
         for name, units in self.media.items():

@@ -9,7 +9,6 @@ import argparse
 import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 import yaml
 
 from matformer.errors import ConfigError, MatformerError
+from matformer.files import write_whole
 from matformer.observe import gallery, page
 from matformer.observe.curves import Level, Series, panel
 from matformer.observe.progress import amount_text, duration_text
@@ -55,6 +55,11 @@ class Material:
         heard = {key.split("/")[-2] for row in self.rows for key in row if key.endswith("/flow_loss")}
         return [*named] or sorted(heard)
 
+    def loss_of(self, modality: str) -> str:
+        """Key of a modality's loss, by its objective."""
+        media = self.config.get("model", {}).get("media", {}).get(modality, {})
+        return f"{modality}/{media.get('objective', 'flow')}_loss"
+
     def points(self, key: str) -> tuple[list[float], list[float]]:
         """(steps, values) of one key, where it has a finite value."""
         found = [(float(row["step"]), float(row[key])) for row in self.rows if _is_number(row.get(key))]
@@ -90,9 +95,7 @@ def write_report(run_folder: Path) -> Path:
     material = gather(folder)
     parts = [section(material) for section in SECTIONS]
     path = folder / "report.html"
-    beside = folder / f".report.html.{os.getpid()}"
-    beside.write_text(page.document(f"{material.name} · Matformer", parts), encoding="utf-8")
-    os.replace(beside, path)
+    write_whole(path, page.document(f"{material.name} · Matformer", parts).encode())
     return path
 
 
@@ -244,14 +247,15 @@ def _claims(material: Material) -> list[Claim]:
     for name in material.media:
         rivals = (rival("Gaussian", f"{name}/gaussian"), rival("Gaussian by channel", f"{name}/gaussian_channel"))
         below = f"{name}/below_gaussian" + ("" if f"{name}/gaussian" in bases else "_channel")
-        unit = "flow loss a scalar, lower is better"
-        claims.append(Claim(name.capitalize(), unit, f"{name}/flow_loss", rivals, below=below))
+        key = material.loss_of(name)
+        unit = f"{_loss_words(key)} a scalar, lower is better"
+        claims.append(Claim(name.capitalize(), unit, key, rivals if key.endswith("/flow_loss") else (), below=below))
     majority = (("always the commonest", material.last("heldout/router/majority"), None),)
     claims.append(
         Claim("Router", "right at ends of spans, higher is better", "router/span_end_accuracy", majority, True)
     )
     for name in material.media:
-        unit = "flow loss added by captions of other concepts, higher is better"
+        unit = f"{_loss_words(material.loss_of(name))} added by captions of other concepts, higher is better"
         zero = (("zero", 0.0, None),)
         claims.append(Claim(f"Captions used: {name}", unit, f"captions/{name}_gain", zero, True))
     return claims
@@ -359,11 +363,17 @@ def _text_curve(material: Material) -> list[str]:
 def _media_curves(material: Material) -> list[str]:
     panels = []
     for name in material.media:
+        key = material.loss_of(name)
         exact = (("Gaussian", f"{name}/gaussian"),) if f"{name}/gaussian" in material.baselines else ()
-        levels = _levels(material, exact or (("Gaussian by channel", f"{name}/gaussian_channel"),))
+        known = exact or (("Gaussian by channel", f"{name}/gaussian_channel"),)
+        levels = _levels(material, known if key.endswith("/flow_loss") else ())
         ink = name if name in ("image", "audio") else "other"
-        panels += _curve(material, name.capitalize(), f"{name}/flow_loss", ink=ink, levels=levels, unit="flow loss")
+        panels += _curve(material, name.capitalize(), key, ink=ink, levels=levels, unit=_loss_words(key))
     return panels
+
+
+def _loss_words(loss: str) -> str:
+    return loss.split("/")[1].replace("_", " ")
 
 
 def _router_curve(material: Material) -> list[str]:

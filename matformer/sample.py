@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -18,7 +18,7 @@ from matformer.config.schema import RunConfig
 from matformer.data.patching import build_patcher
 from matformer.data.sources import TextSpan, text_span
 from matformer.engine.continuation import AUTO, continue_rows
-from matformer.engine.draws import Draws, Row, Span
+from matformer.engine.draws import Draws, Row, Solver, Span
 from matformer.engine.media import MediaCodec, load_codec
 from matformer.engine.restore import load_for_inference
 from matformer.errors import ConfigError, DataError, MatformerError
@@ -172,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-spans", type=int, default=8, help="new spans under auto")
     parser.add_argument("--steps", type=int, default=standard.steps, help="of denoising")
     parser.add_argument("--guidance", type=float, default=standard.guidance, help="1 is none")
-    parser.add_argument("--solver", choices=("euler", "heun"), default=standard.solver)
+    parser.add_argument("--solver", choices=get_args(Solver), default=standard.solver)
     parser.add_argument("--no-ema", dest="ema", action="store_false", help="the last weights, not their average")
     return parser
 

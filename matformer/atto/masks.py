@@ -24,11 +24,25 @@ from torch import Tensor
 
 from matformer.parcels import Grid, Kind
 
+TEXT = 0  # index of the modality
+
 
 def visible(grid: Grid) -> Bool[Tensor, "B S S"]:
     """The whole mask: each rule below in turn. Padding sees itself. Source: SEMANTICS, Mask."""
+    return _with_private_keys(grid, noised_key(grid))
+
+
+def visible_with_noised_context(grid: Grid) -> Bool[Tensor, "B S S"]:
+    """The mask under `media_context: noised`: what follows sees a noised medium, which has no clean copy.
+
+    Noised text keeps its clean copies, and stays hidden. Source: Transfusion (Zhou 2024), section 3.
+    """
+    return _with_private_keys(grid, noised_key(grid) & (grid.modality_BS == TEXT)[:, None, :])
+
+
+def _with_private_keys(grid: Grid, private: Bool[Tensor, "B 1 S"]) -> Bool[Tensor, "B S S"]:
     mask = same_document(grid) & (causal(grid) | same_span(grid))
-    mask &= ~noised_key(grid) | same_span(grid)
+    mask &= ~private | same_span(grid)
     mask &= ~grid.blind_BS[:, :, None] | own_or_start(grid)
     return mask & seen_header(grid)
 

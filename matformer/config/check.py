@@ -174,15 +174,36 @@ def check_media_buckets(config: RunConfig) -> None:
         )
 
 
+def check_loss_weighting(config: RunConfig) -> None:
+    """SD3's weight is a function of the straight path's t."""
+    for name, media in config.model.media.items():
+        _must(
+            media.loss_weighting != "cosmap" or media.objective == "flow",
+            f"model.media.{name}.loss_weighting must be none or min_snr for model.media.{name}.objective "
+            f"{media.objective}, got {media.loss_weighting}; change model.media.{name}.loss_weighting",
+        )
+
+
+def check_coda_heads(config: RunConfig) -> None:
+    """Heads of a Coda that attends share its width, each of an even size for its rotary pairs."""
+    for name, media in config.model.media.items():
+        if media.coda == "dit":
+            width, heads = f"model.media.{name}.coda_width", f"model.media.{name}.coda_heads"
+            _divides(2 * media.coda_heads, media.coda_width, f"twice {heads}", width)
+
+
 def check_sequence(config: RunConfig) -> None:
     """A media span is never cut: start, header, both copies and closing of the largest fit in a sequence."""
+    copies = 2 if config.model.media_context == "clean_copy" else 1
     for name, media in config.model.media.items():
         largest = max(media.buckets, key=math.prod)
-        needed = 2 * math.prod(cells // media.patch for cells in largest) + 3
+        patches, token = math.prod(cells // media.patch for cells in largest), media.time_conditioning == "token"
+        needed = copies * patches + 3 + token
+        what = ("two copies" if copies == 2 else "one copy") + f" of {patches} patches"
         _must(
             needed <= config.data.sequence_latents,
             f"data.sequence_latents must hold the largest {name} span, which takes {needed} latents (start, header, "
-            f"two copies of {(needed - 3) // 2} patches, closing), got {config.data.sequence_latents}; change "
+            f"{'its time, ' if token else ''}{what}, closing), got {config.data.sequence_latents}; change "
             f"data.sequence_latents, model.media.{name}.buckets or model.media.{name}.patch",
         )
 
@@ -311,6 +332,8 @@ RULES = (
     check_text_diffusion,
     check_media_names,
     check_media_buckets,
+    check_loss_weighting,
+    check_coda_heads,
     check_sequence,
     check_sources,
     check_degrees,

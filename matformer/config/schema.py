@@ -10,6 +10,12 @@ Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Ratio = Annotated[float, Field(ge=0.0)]
+MediaObjective = Literal["flow", "ddpm_eps", "ddpm_v"]
+TimeConditioning = Literal["none", "add", "token", "adaln_preludio_coda", "adaln_atto"]
+TimeSampler = Literal["uniform", "logit_normal", "mode"]
+LossWeighting = Literal["none", "min_snr", "cosmap"]
+MediaContext = Literal["clean_copy", "noised"]
+CodaKind = Literal["linear", "mlp", "dit"]
 Ngrams = tuple[Annotated[int, Field(ge=2)], ...]
 
 
@@ -85,16 +91,42 @@ class MediaConfig(Section):
     patch: Positive = Field(description="latent cells of a patch along each axis")
     buckets: tuple[tuple[Positive, ...], ...] = Field(description="shapes of the grid, in latent cells, ascending")
     coda_width: Positive = Field(description="inner width of the Coda's blocks")
-    coda_layers: Positive = Field(default=2, description="residual blocks of the Coda")
+    coda_layers: Positive = Field(default=2, description="residual blocks of the Coda; linear has none")
+    coda: CodaKind = Field(
+        default="mlp",
+        description="from a latent and its noised patch to the answer: linear maps, a residual MLP a patch, or (DiT) "
+        "the same with attention to the span's other patches before each block",
+    )
+    unet_width: Natural = Field(
+        default=0,
+        description="channels of convolutions over latent cells, in the Preludio before patches are cut and in the "
+        "Coda after they are predicted (a U-Net of one level); 0 has none",
+    )
+    coda_heads: Positive = Field(default=4, description="dit: heads of its attention; divides coda_width")
+    coda_window: Positive = Field(
+        default=64, description="dit: patches that a patch looks ahead and back in raster order, itself included"
+    )
     channel_variance: tuple[Annotated[float, Field(gt=0.0)], ...] | None = Field(
         default=None,
         description="of each channel, normalised; for `precondition: channel`, from the data set's manifest if absent",
     )
-    precondition: Literal["channel", "unit"] = Field(
-        default="channel", description="scales around the network: by each channel's variance, or as if all were 1"
+    precondition: Literal["channel", "unit", "none"] = Field(
+        default="channel",
+        description="scales around the network: by each channel's variance, as if all were 1, or no scales at all",
     )
-    objective: Literal["flow"] = "flow"
-    time_conditioning: Literal["add"] = "add"
+    objective: MediaObjective = Field(
+        default="flow",
+        description="what the Coda predicts: velocity on the straight path; epsilon or v on DDPM's cosine schedule",
+    )
+    loss_weighting: LossWeighting = Field(
+        default="none", description="of a span's squared errors by its t; cosmap is for objective flow"
+    )
+    min_snr_gamma: float = Field(default=5.0, gt=0.0, description="loss_weighting min_snr: largest weight of clean x")
+    time_conditioning: TimeConditioning = Field(
+        default="add",
+        description="how the network is told t: a vector added in Preludio and Coda, a position at the head of the "
+        "noised span, AdaLN in Preludio and Coda, or AdaLN in the Atto's layers at this modality's patches",
+    )
 
 
 class RouterConfig(Section):
@@ -110,7 +142,10 @@ class ModelConfig(Section):
     text: TextConfig
     media: dict[str, MediaConfig]
     router: RouterConfig = RouterConfig()
-    media_context: Literal["clean_copy"] = "clean_copy"
+    media_context: MediaContext = Field(
+        default="clean_copy",
+        description="what follows a generated span sees: a clean copy of it, or (Transfusion) its noised patches",
+    )
 
     @property
     def diffuses_text(self) -> bool:
@@ -166,6 +201,9 @@ class DataConfig(Section):
     patcher: PatcherConfig = PatcherConfig()
     sources: dict[str, SourceConfig]
     blind_probability: Fraction = Field(default=0.1, description="share of generated spans without their condition")
+    time_sampler: TimeSampler = Field(
+        default="logit_normal", description="law of u before the shift; mode: SD3's, with scale 1.29"
+    )
     time_shift: float = Field(default=1.0, gt=0.0, description="s of t = s u / (1 + (s - 1) u)")
     max_bad_samples: Natural = Field(default=16, description="damaged samples that are skipped before the run stops")
 

@@ -12,11 +12,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from matformer.config.schema import ModelConfig
+from matformer.config.schema import MediaConfig, ModelConfig, TimeSampler
 from matformer.data.sources import Document, MediaSpan, TextSpan
 from matformer.data.text_layout import Block, blocks_of, patches_that_fit, text_positions
 from matformer.data.text_rows import Mask, PaddedText, TextRows, joined, mask_at, symbols_of
 from matformer.errors import ParcelError
+from matformer.layers.noise_levels import loss_weights, on_index
 from matformer.layers.patchify import patchify
 from matformer.parallel.seeds import draw_time, generator
 from matformer.parcels import Batch, Grid, Kind, MediaUnits, RouterUnits
@@ -59,11 +60,17 @@ def num_patches(span: MediaSpan, *, model: ModelConfig) -> int:
     return math.prod(size // patch for size in span.latent.shape[1:])
 
 
-def has_clean_copy(document: Document, span: int) -> bool:
-    """Whether media span number `span` stands clean in the sequence: given, or something follows its closing."""
+def has_clean_copy(document: Document, span: int, *, model: ModelConfig) -> bool:
+    """Whether media span number `span` stands clean in the sequence: given, or what follows is to see it clean."""
     media = document.spans[span]
     assert isinstance(media, MediaSpan)
-    return media.role == "given" or span + 1 < len(document.spans)
+    followed = span + 1 < len(document.spans)
+    return media.role == "given" or (followed and model.media_context == "clean_copy")
+
+
+def time_positions(media: MediaConfig) -> int:
+    """Positions at the head of a noised span that hold nothing but its t."""
+    return int(media.time_conditioning == "token")
 
 
 def span_positions(document: Document, span: int, *, model: ModelConfig, first: int = 0) -> int:
@@ -72,8 +79,9 @@ def span_positions(document: Document, span: int, *, model: ModelConfig, first: 
     if isinstance(part, TextSpan):
         patches, followed = len(part.patch_lengths) - first, span + 1 < len(document.spans)
         return text_positions(patches, model.text, given=max(0, part.given - first), followed=followed)
-    copies = (part.role == "generate") + has_clean_copy(document, span)
-    return 2 + copies * num_patches(part, model=model)
+    generated = part.role == "generate"
+    copies = generated + has_clean_copy(document, span, model=model)
+    return 2 + copies * num_patches(part, model=model) + generated * time_positions(model.media[part.modality])
 
 
 def document_positions(document: Document, *, model: ModelConfig) -> int:
@@ -82,11 +90,14 @@ def document_positions(document: Document, *, model: ModelConfig) -> int:
 
 
 def largest_span(model: ModelConfig) -> int:
-    """Positions of the largest media span with both copies, and a start before it."""
+    """Positions of the largest media span with all its copies, and a start before it."""
+    copies = 2 if model.media_context == "clean_copy" else 1
     sizes = [
-        math.prod(size // media.patch for size in bucket) for media in model.media.values() for bucket in media.buckets
+        copies * math.prod(size // media.patch for size in bucket) + time_positions(media)
+        for media in model.media.values()
+        for bucket in media.buckets
     ]
-    return 3 + 2 * max(sizes, default=0)
+    return 3 + max(sizes, default=0)
 
 
 def cut(document: Document, first: Place, *, room: int, model: ModelConfig) -> tuple[Piece, int] | None:
@@ -116,13 +127,21 @@ def ended(piece: Piece) -> bool:
     return piece.last.span == len(piece.document.spans)
 
 
-def draw_training_noise(*, seed: int, step: int, lane: int, blind_probability: float, time_shift: float) -> DrawNoise:
+def draw_training_noise(
+    *,
+    seed: int,
+    step: int,
+    lane: int,
+    blind_probability: float,
+    time_shift: float,
+    time_sampler: TimeSampler = "logit_normal",
+) -> DrawNoise:
     """Noise keyed by (seed, step, lane, span of the sequence): the same on every rank and after every restart."""
 
     def draw(key: str, span: int, shape: tuple[int, int]) -> Noise:
         draws = generator(seed, "noise", step, lane, span)
         blind = bool(draws.random() < blind_probability)
-        time = draw_time(draws, shift=time_shift)
+        time = draw_time(draws, sampler=time_sampler, shift=time_shift)
         return Noise(blind, time, draws.standard_normal(shape, dtype=np.float32))
 
     return draw
@@ -193,6 +212,7 @@ def build_batch(
 def with_noise(batch: Batch, *, time: float, seed: int, index: int) -> Batch:
     """The same batch with t = `time` in all generated spans and epsilon drawn from (document key, k-th span of the
     modality in the document, index): independent of packing, as long as no document is cut between two batches.
+    Errors weigh the same at every t.
     """
     media = {}
     for name, units in batch.media.items():
@@ -207,7 +227,12 @@ def with_noise(batch: Batch, *, time: float, seed: int, index: int) -> Batch:
                 draws = generator(seed, "heldout", batch.document_keys[document], name, number, index)
                 shape = (int(rows.sum()), noise.shape[1])
                 noise[rows] = torch.from_numpy(draws.standard_normal(shape, dtype=np.float32))
-        media[name] = replace(units, noise_NF=noise, time_J=torch.where(generated, time, 0.0))
+        media[name] = replace(
+            units,
+            noise_NF=noise,
+            time_J=torch.where(generated, time, 0.0),
+            weight_J=torch.ones_like(units.weight_J),
+        )
     return replace(batch, media=media)
 
 
@@ -224,6 +249,7 @@ class _Media:
     documents: list[int] = field(default_factory=list)
     noised: list[tuple[int, int]] = field(default_factory=list)  # (first row, first slot) of each noised copy
     clean: list[tuple[int, int]] = field(default_factory=list)
+    time_slots: list[tuple[int, int]] = field(default_factory=list)  # (span, slot) of each position of `token`
     noised_sizes: list[int] = field(default_factory=list)
     clean_sizes: list[int] = field(default_factory=list)
     rows: int = 0
@@ -363,11 +389,14 @@ class _Builder:
         self.axes[self.row, header, 0] = self._tick(1)
         shared = self._tick(1)
         if noise is not None:
+            if time_positions(config):
+                told = self._copy(np.zeros((1, NUM_AXES - 1), np.int64), shared, kind=Kind.NOISED)
+                units.time_slots.append((len(units.sizes), self._slot(told.start)))
             copy = self._copy(places, shared, kind=Kind.NOISED)
             self.blind[self.row, begin : self.at] = noise.blind
             units.noised.append((units.rows, self._slot(copy.start)))
             units.noised_sizes.append(rows)
-        if has_clean_copy(piece.document, span):
+        if has_clean_copy(piece.document, span, model=self.model):
             copy = self._copy(places, shared, kind=Kind.CLEAN)
             units.clean.append((units.rows, self._slot(copy.start)))
             units.clean_sizes.append(rows)
@@ -378,7 +407,7 @@ class _Builder:
         units.values.append(value)
         units.places.append(places)
         units.noises.append(noise.epsilon if noise else np.zeros(tuple(value.shape), np.float32))
-        units.times.append(noise.time if noise else 0.0)
+        units.times.append(self._time(piece.document, span, noise.time) if noise else 0.0)
         units.sizes.append(rows)
         units.buckets.append(part.bucket)
         units.headers.append(self._slot(header.start))
@@ -389,6 +418,18 @@ class _Builder:
         if self._is_asked(piece, span):
             target, bucket = self._what_comes(piece, span + 1)
             self._ask(closing.start, target, rule=OPEN, span_end=True, bucket=bucket)
+
+    def _time(self, document: Document, span: int, drawn: float) -> float:
+        """The t of a span: halved where text will read it noised, and on an index under DDPM. 0 stays: it is clean.
+
+        Source: Transfusion, section 4.4, for the limit; half of what was drawn keeps the law's shape.
+        """
+        part, later = document.spans[span], document.spans[span + 1 :]
+        assert isinstance(part, MediaSpan)
+        if self.model.media_context == "noised" and any(isinstance(one, TextSpan) for one in later):
+            drawn = drawn / 2
+        straight = self.model.media[part.modality].objective == "flow"
+        return drawn if straight or drawn == 0 else on_index(drawn)
 
     def _copy(self, places: np.ndarray, clock: np.ndarray, *, kind: Kind) -> slice:
         where = self._take(len(places), kind)
@@ -473,12 +514,17 @@ class _Builder:
         noises = [torch.from_numpy(noise) for noise in units.noises]
         noised_row, noised_slot = _runs(units.noised, units.noised_sizes)
         clean_row, clean_slot = _runs(units.clean, units.clean_sizes)
+        times = torch.tensor(units.times, dtype=torch.float32)
+        told = torch.tensor(units.time_slots, dtype=torch.int64).view(-1, 2)
+        weights = loss_weights(
+            times, objective=config.objective, weighting=config.loss_weighting, gamma=config.min_snr_gamma
+        )
         return MediaUnits(
             value_NF=torch.cat(units.values) if units.values else torch.zeros(0, features),
             noise_NF=torch.cat(noises) if noises else torch.zeros(0, features),
             place_NX=torch.from_numpy(np.concatenate([np.zeros((0, 3), np.int64), *units.places])),
             span_N=torch.from_numpy(np.repeat(np.arange(len(units.sizes)), units.sizes)),
-            time_J=torch.tensor(units.times, dtype=torch.float32),
+            time_J=times,
             bucket_J=torch.tensor(units.buckets, dtype=torch.int64),
             header_slot_J=torch.tensor(units.headers, dtype=torch.int64),
             closing_slot_J=torch.tensor(units.closings, dtype=torch.int64),
@@ -487,6 +533,9 @@ class _Builder:
             noised_slot_Q=noised_slot,
             clean_row_Q=clean_row,
             clean_slot_Q=clean_slot,
+            weight_J=weights,
+            time_span_Q=told[:, 0],
+            time_slot_Q=told[:, 1],
         )
 
     def _route_parcel(self) -> RouterUnits:

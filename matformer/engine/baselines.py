@@ -11,7 +11,6 @@ import json
 import logging
 import lzma
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,8 +22,9 @@ from jaxtyping import Float, Int
 from matformer.config.schema import RunConfig
 from matformer.data.loader import heldout_documents
 from matformer.data.shards import ShardReader
-from matformer.data.sources import MediaSpan, TextSpan
+from matformer.data.sources import MediaSpan, TextSpan, latent_mean
 from matformer.errors import DataError
+from matformer.files import write_whole
 from matformer.parallel.seeds import generator
 from matformer.shapes import END
 
@@ -278,7 +278,7 @@ def _train_latents(config: RunConfig, name: str, *, modality: str) -> Iterable[n
         latents = latents[modality]
     shift, scale = np.asarray(latents["shift"], np.float32), np.float32(latents["scale"])
     for i in range(0, len(reader), -(-len(reader) // MAX_TRAIN_LATENTS)):
-        mean = reader.array(i, "moments.npy").astype(np.float32)
+        mean = latent_mean(reader.array(i, "moments.npy"), reader.manifest).astype(np.float32)
         yield (mean - shift.reshape(-1, *[1] * (mean.ndim - 1))) * scale
 
 
@@ -310,9 +310,7 @@ def _fingerprint(config: RunConfig, *, texts: dict[str, bytes], media: dict[str,
 
 def _keep(found: Baselines, path: Path) -> None:
     """Write beside the data; a data set that is read-only costs the computation again, not the run."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, path)
+        write_whole(path, (json.dumps(asdict(found), indent=1) + "\n").encode())
     except OSError as error:
         log.warning("baselines are not kept in %s: %s", path, error)

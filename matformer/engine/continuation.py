@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from matformer.config.schema import RunConfig
-from matformer.data.packing import build_batch, document_positions
+from matformer.data.packing import build_batch, document_positions, time_positions
 from matformer.data.sources import Document, TextSpan
 from matformer.data.text_layout import text_positions
 from matformer.engine.denoiser import draw_media
@@ -117,7 +117,7 @@ def _fitting(row: Row, *, config: RunConfig) -> dict[str, list[bool]]:
     room = config.data.sequence_latents - used
     media = config.model.media
     fits = {
-        name: [2 + patches_of_bucket(one, bucket) <= room for bucket in range(len(one.buckets))]
+        name: [2 + time_positions(one) + patches_of_bucket(one, bucket) <= room for bucket in range(len(one.buckets))]
         for name, one in media.items()
     }
     one_patch = text_positions(1, config.model.text, given=0, followed=False)

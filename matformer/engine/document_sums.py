@@ -92,7 +92,7 @@ def document_sums(host: Host, tables: Sequence[Documents]) -> list[dict[str, np.
 
 
 def velocity_scalars(batch: Batch, modality: str) -> tuple[Tensor, Tensor]:
-    """Document of each noised row, and its scalars: how many terms the flow loss sums there."""
+    """Document of each noised row, and its scalars: how many terms its loss sums there."""
     units = batch.media[modality]
     document = units.document_J[units.span_N[units.noised_row_Q]]
     return document, document.new_full(document.shape, units.value_NF.shape[1])

@@ -1,11 +1,10 @@
-"""Held-out numbers: bits per byte, flow losses, the router's choices; captions and baselines when a run is done."""
+"""Held-out numbers: bits per byte, losses of media, the router's choices; captions and baselines when a run is done."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,10 +23,13 @@ from matformer.data.sources import Document, Stream, open_source
 from matformer.data.text_layout import patches_that_fit
 from matformer.data.text_rows import with_masks
 from matformer.engine.baselines import TIMES, Baselines, compute_baselines, ratio
+from matformer.engine.clean_errors import clean_errors, media_batches
 from matformer.engine.document_sums import Documents, document_sums, gather_documents, velocity_scalars
 from matformer.engine.paired import caption_gain
 from matformer.engine.restore import load_for_inference
+from matformer.files import write_whole
 from matformer.hosts.base import Host
+from matformer.losses.flow import loss_name
 from matformer.parcels import Batch
 from matformer.shapes import END
 
@@ -49,7 +51,8 @@ class HeldOut:
         self._tables: dict[str, Documents] | None = None
 
     def __call__(self, host: Host, *, full: bool = False, rivals: Baselines | None = None) -> dict[str, float]:
-        """Keys `heldout/...`; `full` adds whether captions are used (minutes rather than seconds). Collective.
+        """Keys `heldout/...`; `full` adds errors of clean x at five levels of noise, and whether captions are used
+        (minutes rather than seconds). Collective.
 
         `rivals`, scored on the same documents, add how far below each of them the model stands
         (`heldout/text/below_order2`), with the standard error of the difference, document by document. Raises DataError
@@ -64,8 +67,13 @@ class HeldOut:
                 found |= _router_numbers(table, sums)
                 continue
             score = _scored(table, sums, part=part, config=self.config)
-            found |= _named(f"heldout/{part}/{'bits_per_byte' if part == 'text' else 'flow_loss'}", *score[:2])
-            found |= _below(table, score, part=part, rivals=rivals) if rivals else {}
+            flows = part == "text" or self.config.model.media[part].objective == "flow"
+            what = "bits_per_byte" if part == "text" else loss_name(self.config.model.media[part].objective)
+            found |= _named(f"heldout/{part}/{what}", *score[:2])
+            found |= _below(table, score, part=part, rivals=rivals) if rivals and flows else {}
+        if full and self.config.eval.media_spans:
+            for modality in self.config.model.media:
+                found |= clean_errors(host, self.config, modality=modality)
         if full and self.config.eval.media_spans and self.config.eval.captioned_spans:
             for modality in self.config.model.media:
                 spans = self.config.eval.captioned_spans
@@ -157,8 +165,7 @@ def _tables(config: RunConfig) -> Iterator[tuple[str, Documents]]:
     if not asked.media_spans:
         return
     for modality in config.model.media:
-        pairs = [name for name, s in sources.items() if s.form == "pairs" and s.modality in (None, modality)]
-        plain = [batch for name in pairs for batch in heldout_batches(config, name, max_spans=asked.media_spans)]
+        plain = media_batches(config, modality)
         noised = [with_noise(b, time=t, seed=NOISE_SEED, index=k) for b in plain for k, t in enumerate(TIMES, start=1)]
         if any(velocity_scalars(batch, modality)[0].numel() for batch in noised):
             yield modality, gather_documents(noised, num_rows=rows)
@@ -259,6 +266,4 @@ def _keep(folder: Path, evaluation: Evaluation) -> None:
 
 def _write(path: Path, tree: dict[str, float]) -> None:
     """Whole or not at all: a report may be reading."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    write_whole(path, (json.dumps(tree, indent=1) + "\n").encode())

@@ -18,7 +18,7 @@ from matformer.data.loader import Loader, merge_states
 from matformer.engine.average import Average
 from matformer.engine.step import StepNumbers, metrics_row, optimizer_step
 from matformer.hosts.base import Host
-from matformer.hosts.plain import PlainHost, PlainTrunk
+from matformer.hosts.plain import PlainHost, plain_trunk
 from matformer.model import Matformer
 from matformer.observe.meters import Throughput
 from matformer.observe.sinks import Sink
@@ -47,7 +47,7 @@ def build_model(host: Host, config: RunConfig) -> Matformer:
 def num_parameters(config: RunConfig) -> int:
     """Parameters of the whole model, whatever is sharded; counted without memory."""
     with torch.device("meta"):
-        model = Matformer(config.model, trunk=PlainTrunk(config.model.atto))
+        model = Matformer(config.model, trunk=plain_trunk(config.model))
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from matformer.autoencoders import Autoencoder, load_autoencoder
 from matformer.config.schema import MediaConfig, RunConfig
+from matformer.data.coders import check_accepted
 from matformer.data.sources import MediaSpan, media_span
 from matformer.errors import ConfigError, DataError
 
@@ -131,9 +132,11 @@ def load_codec(config: RunConfig, modality: str) -> MediaCodec:
     Raises DataError if no data set of the run names one, or it cannot be read.
     """
     for source in config.data.sources.values():
-        manifest = _manifest(Path(config.data.root) / source.path / "train" / "manifest.json")
+        folder = Path(config.data.root) / source.path / "train"
+        manifest = _manifest(folder / "manifest.json")
         latents, coder = (_of_modality(manifest.get(key, {}), manifest, modality) for key in ("latents", "autoencoder"))
         if latents and coder:
+            check_accepted(coder, where=folder)
             autoencoder = load_autoencoder(Path(config.data.root) / coder["folder"], fingerprint=coder["fingerprint"])
             shift = np.asarray(latents["shift"], np.float32)
             return MediaCodec(modality, config.model.media[modality], autoencoder, shift, float(latents["scale"]))

@@ -19,7 +19,7 @@ from matformer.hosts.base import Host
 from matformer.parallel.seeds import digest
 
 NUM_DERANGEMENTS = 4
-NOISE_SEED = 1  # its own: the flow loss of held-out spans uses 0
+NOISE_SEED = 1  # its own: the loss of held-out spans uses 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Subject:
 
 
 def caption_gain(host: Host, config: RunConfig, *, modality: str, num_spans: int) -> dict[str, float]:
-    """How much the flow loss grows under other captions. Collective.
+    """How much the loss grows under other captions. Collective.
 
     Keys `heldout/captions/<modality>_gain`, its `_stderr` clustered by concept, `_z` (unless nothing differs) and
     `_num_concepts`; none if nobody can be swapped with another. Mean over media of the mean over t and over up to four

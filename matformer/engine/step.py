@@ -13,6 +13,7 @@ from torch import Tensor
 from matformer.config.schema import RunConfig
 from matformer.engine.optim import learning_rate
 from matformer.hosts.base import Host, Sums
+from matformer.losses.flow import loss_name
 from matformer.losses.total import total_loss
 from matformer.parallel.groups import Groups, sum_over_world
 from matformer.parcels import Batch, Kind
@@ -97,9 +98,9 @@ def metrics_row(numbers: StepNumbers, config: RunConfig) -> dict[str, float]:
     if counts["bytes"]:
         row["text/bits_per_byte"] = sums["text"] / (math.log(2) * counts["bytes"])
         row["text/nats_per_symbol"] = sums["text"] / counts["text"]
-    for name in config.model.media:
+    for name, media in config.model.media.items():
         if counts[name]:
-            row[f"{name}/flow_loss"] = sums[name] / counts[name]
+            row[f"{name}/{loss_name(media.objective)}"] = sums[name] / counts[name]
     row["router/loss"] = sums["router"] / max(counts["router"], 1.0)
     row["router/accuracy"] = sums["router_right"] / max(counts["router"], 1.0)
     if sums["span_ends"]:

@@ -26,6 +26,7 @@ from matformer.hosts.layout import Layout, layouts, shape_of, to_global, to_loca
 from matformer.hosts.megatron import MegatronTrunk, ModelParallelUnit, build_groups, run_schedule
 from matformer.hosts.plain import added
 from matformer.layers.initialise import initial_value
+from matformer.layers.time_conditioning import modulated_media
 from matformer.parcels import Batch
 
 
@@ -40,7 +41,10 @@ class MegatronHost(Host):
         self.layouts: dict[str, Layout] = {}
 
     def build_trunk(self) -> Trunk:
-        self.trunk = MegatronTrunk(self.config.model.atto, plan=self.config.parallel, groups=self.groups)
+        model = self.config.model
+        self.trunk = MegatronTrunk(
+            model.atto, plan=self.config.parallel, groups=self.groups, modulated=bool(modulated_media(model))
+        )
         return self.trunk
 
     def prepare(self, model: nn.Module) -> None:

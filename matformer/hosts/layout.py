@@ -100,6 +100,7 @@ class QueryKeyValue(Layout):
         return torch.cat(grouped, dim=1).flatten(0, 2)
 
 
+_MODULATION = ("first.weight", "first.bias", "film.weight", "film.bias")
 _RENAMED = {
     "input_layernorm.weight": ("attention_norm.weight", None),
     "pre_mlp_layernorm.weight": ("feed_forward_norm.weight", None),
@@ -107,6 +108,7 @@ _RENAMED = {
     "self_attention.k_layernorm.weight": ("attention.key_norm.weight", None),
     "self_attention.linear_proj.weight": ("attention.output.weight", 1),
     "mlp.linear_fc2.weight": ("feed_forward.down.weight", 1),
+    **{f"modulation.{part}": (f"modulation.{part}", None) for part in _MODULATION},
 }
 
 

@@ -1,7 +1,7 @@
 """Our plan and config -> megatron-core: process groups, this rank's blocks of the Atto, the pipeline schedule.
 
 Megatron is extended by specs alone. Weights that every TP rank holds whole but that saw only a share of the work
-(q/k norms: their heads; all norms under sequence parallelism: their positions) pass through a copy whose
+(q/k norms: their heads; norms and modulations under sequence parallelism: their positions) pass through a copy whose
 backward sums over TP inside the graph, before any hook or optimizer sees the gradient.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, final
 
@@ -24,6 +24,7 @@ from matformer.errors import ParallelError
 from matformer.hosts.base import Objective, Sums, Trunk
 from matformer.hosts.megatron_on_cpu import host_megatron_on_cpu, importing_megatron
 from matformer.layers.attention import AttoView, atto_attention
+from matformer.layers.modulation import ATTO_PARTS, Rows, TimeModulation, modulate, rows_of_positions
 from matformer.layers.norm import rms_norm
 from matformer.parallel.groups import Groups
 from matformer.parcels import Batch
@@ -47,7 +48,7 @@ with importing_megatron():
         get_num_layers_to_build,
     )
     from megatron.core.transformer.transformer_config import TransformerConfig
-    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+    from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 
 
 def build_groups(plan: ParallelConfig) -> Groups:
@@ -172,6 +173,64 @@ class HeadNorm(AttoNorm):
         self.shared = config.tensor_model_parallel_size > 1
 
 
+class ModulatedNorm(AttoNorm):
+    """AttoNorm, then scale and shift: what `ModulatedLayer` has laid ready for this forward."""
+
+    rows: tuple[Tensor, Tensor] | None = None  # (shift, scale)
+
+    def forward(self, x: Float[Tensor, "... H"]) -> Float[Tensor, "... H"]:
+        assert self.rows is not None
+        shift, scale = self.rows
+        return modulate(super().forward(x), shift=shift, scale=scale)
+
+
+class GatedAdd:
+    """residual + (1 + gate) * branch, in the place of megatron's bias-dropout-add: we have neither bias nor dropout."""
+
+    gate: Tensor | None = None
+
+    def __call__(self, training: bool, fused: bool) -> Callable[[tuple[Tensor, None], Tensor, float], Tensor]:
+        return self._add
+
+    def _add(self, branch_and_bias: tuple[Tensor, None], residual: Tensor, dropout: float) -> Tensor:
+        assert self.gate is not None
+        return residual + (1 + self.gate) * branch_and_bias[0]
+
+
+class ModulatedLayer(TransformerLayer):
+    """Megatron's layer told the times of media positions; the same numbers as `plain.Layer` with `modulated`.
+
+    Its norms and its two additions are given to it by the spec, but megatron hands them no view: so their rows are
+    laid ready before each forward. The weights are whole on every TP rank. Under sequence parallelism a rank's rows are
+    those of its own positions, and the gradient of the table of times is summed over TP on the way back.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - megatron's
+        super().__init__(config, *args, **kwargs)
+        self.modulation = TimeModulation(config.hidden_size, parts=ATTO_PARTS)
+        self.shared = config.sequence_parallel
+
+    def forward(self, *args: Any, packed_seq_params: AttoView, **kwargs: Any) -> Any:  # noqa: ANN401 - megatron's
+        assert packed_seq_params.times is not None
+        index_L1 = packed_seq_params.times.index_BS.flatten()[:, None]
+        found = self.modulation(packed_seq_params.times.time_T)
+        if self.shared:
+            index_L1 = index_L1.chunk(self.tp_group.size())[self.tp_group.rank()]
+            found = copy_to_tensor_model_parallel_region(found)
+        first, second = rows_of_positions(found, index_L1)
+        parts: Any = self
+        _lay(first, norm=parts.input_layernorm, add=parts.self_attn_bda)
+        _lay(second, norm=parts.pre_mlp_layernorm, add=parts.mlp_bda)
+        leaving = super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
+        _lay(None, norm=parts.input_layernorm, add=parts.self_attn_bda)  # the graph holds them as long as it needs
+        _lay(None, norm=parts.pre_mlp_layernorm, add=parts.mlp_bda)
+        return leaving
+
+
+def _lay(rows: Rows | None, *, norm: ModulatedNorm, add: GatedAdd) -> None:
+    norm.rows, add.gate = (rows[:2], rows[2]) if rows else (None, None)
+
+
 class AttoCore(nn.Module):
     """The attention core inside megatron's SelfAttention: ours, with the view that travels as `packed_seq_params`."""
 
@@ -195,6 +254,21 @@ class AttoCore(nn.Module):
         return out.reshape(-1, 1, out.shape[2] * out.shape[3])
 
 
+def layer_spec(atto: AttoConfig, *, modulated: bool) -> Any:  # noqa: ANN401 - megatron's spec and its submodules
+    """A layer of the Atto as megatron builds it."""
+    layer: Any = get_gpt_layer_local_spec(normalization="RMSNorm")
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = ModulatedNorm if modulated else AttoNorm
+    if modulated:
+        layer.module = ModulatedLayer
+        parts.self_attn_bda = parts.mlp_bda = GatedAdd
+    attention = parts.self_attention.submodules
+    attention.core_attention = AttoCore
+    if atto.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = ModuleSpec(module=HeadNorm)
+    return layer
+
+
 @final
 class MegatronTrunk(Trunk):
     """This rank's share of the Atto as a megatron-core TransformerBlock.
@@ -203,17 +277,11 @@ class MegatronTrunk(Trunk):
     attention core, which is ours and knows the rows. So nothing is ever transposed (docs/decisions/0002).
     """
 
-    def __init__(self, atto: AttoConfig, *, plan: ParallelConfig, groups: Groups) -> None:
+    def __init__(self, atto: AttoConfig, *, plan: ParallelConfig, groups: Groups, modulated: bool = False) -> None:
         super().__init__()
         self.config = transformer_config(atto, plan)
         self.groups = groups
-        layer: Any = get_gpt_layer_local_spec(normalization="RMSNorm")
-        parts = layer.submodules
-        parts.input_layernorm = parts.pre_mlp_layernorm = AttoNorm
-        attention = parts.self_attention.submodules
-        attention.core_attention = AttoCore
-        if atto.qk_norm:
-            attention.q_layernorm = attention.k_layernorm = ModuleSpec(module=HeadNorm)
+        layer = layer_spec(atto, modulated=modulated)
         count = get_num_layers_to_build(self.config)
         self.first_layer = get_transformer_layer_offset(self.config)
         self.block = TransformerBlock(

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from matformer.config.schema import AttoConfig, RunConfig
+from matformer.config.schema import AttoConfig, ModelConfig, RunConfig
 from matformer.hosts.base import (
     Host,
     Objective,
@@ -25,7 +25,9 @@ from matformer.hosts.base import (
 from matformer.layers.attention import AttoView, atto_attention
 from matformer.layers.feed_forward import SwiGLU
 from matformer.layers.initialise import initial_value
+from matformer.layers.modulation import ATTO_PARTS, TimeModulation, modulate, rows_of_positions
 from matformer.layers.norm import RMSNorm
+from matformer.layers.time_conditioning import modulated_media
 from matformer.parallel.groups import Groups
 from matformer.parcels import Batch
 
@@ -52,27 +54,43 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """One pre-norm layer of the Atto."""
+    """One pre-norm layer of the Atto; `modulated`: told the times of media positions (AdaLN), others are as without.
 
-    def __init__(self, config: AttoConfig) -> None:
+    The gate is 1 + g with g = 0 at first, where DiT's is 0: a media position begins as in a layer without modulation.
+    """
+
+    def __init__(self, config: AttoConfig, *, modulated: bool = False) -> None:
         super().__init__()
+        self.modulation = TimeModulation(config.width, parts=ATTO_PARTS) if modulated else None
         self.attention_norm = RMSNorm(config.width, config.norm_epsilon)
         self.attention = Attention(config)
         self.feed_forward_norm = RMSNorm(config.width, config.norm_epsilon)
         self.feed_forward = SwiGLU(config.width, config.ffn_width)
 
     def forward(self, x_BSH: Float[Tensor, "B S H"], view: AttoView) -> Float[Tensor, "B S H"]:
+        if self.modulation is not None:
+            return self._modulated(x_BSH, view)
         x_BSH = x_BSH + self.attention(self.attention_norm(x_BSH), view)
         return x_BSH + self.feed_forward(self.feed_forward_norm(x_BSH))
+
+    def _modulated(self, x_BSH: Float[Tensor, "B S H"], view: AttoView) -> Float[Tensor, "B S H"]:
+        assert self.modulation is not None and view.times is not None
+        first, second = rows_of_positions(self.modulation(view.times.time_T), view.times.index_BS)
+        shift, scale, gate = first
+        normed = modulate(self.attention_norm(x_BSH), shift=shift, scale=scale)
+        x_BSH = x_BSH + (1 + gate) * self.attention(normed, view)
+        shift, scale, gate = second
+        normed = modulate(self.feed_forward_norm(x_BSH), shift=shift, scale=scale)
+        return x_BSH + (1 + gate) * self.feed_forward(normed)
 
 
 @final
 class PlainTrunk(Trunk):
     """All layers and the final norm; its parameter names are the global ones."""
 
-    def __init__(self, config: AttoConfig) -> None:
+    def __init__(self, config: AttoConfig, *, modulated: bool = False) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(Layer(config, modulated=modulated) for _ in range(config.layers))
         self.final_norm = RMSNorm(config.width, config.norm_epsilon)
 
     def forward(self, hidden: Float[Tensor, "B S H"] | None, view: AttoView) -> Float[Tensor, "B S H"]:
@@ -85,6 +103,11 @@ class PlainTrunk(Trunk):
         assert tensor is None, "one stage receives nothing"
 
 
+def plain_trunk(model: ModelConfig) -> PlainTrunk:
+    """The whole Atto of a model."""
+    return PlainTrunk(model.atto, modulated=bool(modulated_media(model)))
+
+
 @final
 class PlainHost(Host):
     """One rank, torch's own optimizer."""
@@ -95,7 +118,7 @@ class PlainHost(Host):
         self.steps = 0
 
     def build_trunk(self) -> Trunk:
-        return PlainTrunk(self.config.model.atto)
+        return plain_trunk(self.config.model)
 
     def prepare(self, model: nn.Module) -> None:
         draw_weights(model, self.config)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from matformer.layers.modulation import PositionTimes
 from matformer.layers.rotary import Rotary, rotate
 from matformer.layers.tiles import Tile, tile_attention
 
@@ -38,7 +39,8 @@ def masked_attention(
 
 @dataclass(frozen=True, slots=True)
 class AttoView:
-    """What all layers of the Atto share in one forward: the mask and the rotary tables. On CPU also the mask's tiles.
+    """What all layers of the Atto share in one forward: the mask, on CPU also as tiles, rotary tables, and times of
+    positions if the layers ask for them.
 
     `qkv_format` is what megatron-core reads of the object that carries these through its layers.
     """
@@ -46,6 +48,7 @@ class AttoView:
     visible_BSS: Bool[Tensor, "B S S"]
     rotary: Rotary
     tiles: Sequence[Tile] | None = None
+    times: PositionTimes | None = None
     qkv_format: str = "bshd"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ EMBEDDING_STD, HEAD_STD = 0.5, 0.02
 def initial_value(name: str, shape: tuple[int, ...], *, seed: int, depth: int) -> Tensor:
     """The float32 start of the global parameter `name`, drawn from a generator of its own.
 
-    Norm weights are 1; biases and the last layers of a media Coda 0 (its first velocity is then 0); embeddings normal
+    Norm weights are 1; biases, the last layers of a media Coda and of modulations by time 0; embeddings normal
     with std 0.5 (0.02 is drowned by the first layers: docs/LOG.md), but tables of n-grams 0; output heads 0.02; other
     matrices 1 / sqrt(fan in),
     those that write into the residual stream divided by sqrt(2 depth). Source: GPT-2, section 2.3, for the latter.
@@ -21,14 +22,14 @@ def initial_value(name: str, shape: tuple[int, ...], *, seed: int, depth: int) -
     kind = name.rsplit(".", 1)[-1]
     if "norm" in name and kind == "weight":
         return torch.ones(shape)
-    if kind == "bias" or ".velocity." in name or ".gain." in name or ".ngram_embedding." in name:
+    if kind == "bias" or ".velocity." in name or ".gain." in name or ".film." in name or ".ngram_embedding." in name:
         return torch.zeros(shape)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     if "embedding" in name:
         std = EMBEDDING_STD
     else:
-        std = HEAD_STD if ".head" in name else shape[-1] ** -0.5
+        std = HEAD_STD if ".head" in name else math.prod(shape[1:]) ** -0.5
     if name.endswith((".output.weight", ".down.weight")):
         std /= (2 * depth) ** 0.5
     return torch.randn(shape, generator=generator) * std

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from matformer.config.schema import MediaObjective
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +31,7 @@ _COLUMNS = (
     _Column("lr", "lr {:.1e}"),
 )
 _RATES = (_Column("bytes_per_second", "{} B/s"), _Column("latents_per_second", "{} lat/s"))
-_FLOW = "/flow_loss"
+_MEDIA = re.compile(rf"(.+)/(?:{'|'.join(get_args(MediaObjective))})_loss")
 
 
 class ProgressLine:
@@ -88,7 +91,7 @@ class ProgressLine:
 
 def row_text(row: Mapping[str, float]) -> str:
     """The numbers of a training row that matter, in one line; those that are missing are left out."""
-    flows = [_Column(key, key.removesuffix(_FLOW) + " {:.3f}") for key in row if key.endswith(_FLOW)]
+    flows = [_Column(key, found[1] + " {:.3f}") for key in row if (found := _MEDIA.fullmatch(key))]
     columns = (*_COLUMNS[:2], *flows, *_COLUMNS[2:])
     parts = [column.form.format(value) for column in columns if (value := row.get(column.key)) is not None]
     rates = [column.form.format(amount_text(row[column.key])) for column in _RATES if column.key in row]

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 
 from matformer.config.schema import RunConfig
+from matformer.data.packing import build_batch, with_noise
 from matformer.data.sources import MediaSpan
 from matformer.parcels import Batch
 from tests.made import (
+    LENGTH,
     as_blt,
     as_diffused,
     audio,
@@ -31,6 +33,7 @@ from tests.made import (
     with_audio,
     with_both,
     with_images,
+    with_media,
 )
 from tests.ranks import cases
 from tests.ranks.cases import GlobalBatch, Trained
@@ -145,6 +148,56 @@ def test_diffused_text_is_the_same_run_too(name: str, objective: str, world: Wor
         ]
         for step in range(3)
     ]
+    trained = world(config.parallel.ranks).run(cases.train_ranks, config, steps)
+    assert_same_run(trained, cases.train_plain(plain, steps))
+
+
+ADALN = ["tp2 sequence parallel", "pp2", "dp2 zero3"]
+
+
+def adaln_run(name: str) -> RunConfig:
+    """A layout with the Atto's layers modulated by the times of images, whose Coda predicts v; sounds are as ever."""
+    run = run_of(name)
+    image = run.model.media["image"].model_copy(update={"time_conditioning": "adaln_atto", "objective": "ddpm_v"})
+    model = run.model.model_copy(update={"media": {**run.model.media, "image": image}})
+    return run.model_copy(update={"model": model})
+
+
+@cache
+def adaln_reference() -> Trained:
+    return cases.train_plain(adaln_run("one rank"), mixed_steps())
+
+
+@pytest.mark.parametrize("name", ["one rank", *ADALN])
+def test_modulated_layers_give_the_same_too(name: str, world: World) -> None:
+    config, plain = adaln_run(name), adaln_reference()
+    assert all(plain.gradients[f"atto.layers.{i}.modulation.film.weight"].any() for i in range(LAYERS))
+    trained = world(config.parallel.ranks).run(cases.train_ranks, config, mixed_steps())
+    assert_same_run(trained, plain)
+
+
+def test_modulations_that_keep_the_gradient_of_their_own_positions_are_seen(world: World) -> None:
+    trained = world(2).run(cases.train_ranks, adaln_run("tp2 sequence parallel"), mixed_steps(), "modulations apart")
+    with pytest.raises(AssertionError, match="modulation"):
+        assert_same_run(trained, replace(adaln_reference(), norms=trained[0].norms, losses=trained[0].losses))
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        (
+            "tp2 sequence parallel",
+            {"time_conditioning": "token", "objective": "ddpm_eps", "media_context": "noised", "unet_width": 4},
+        ),
+        ("dp2 zero3", {"time_conditioning": "adaln_preludio_coda", "loss_weighting": "min_snr", "coda": "dit"}),
+    ],
+)
+def test_other_ways_to_tell_the_time_and_a_noised_context_too(name: str, keys: dict[str, str], world: World) -> None:
+    config, plain = run_of(name), tiny_run(layers=LAYERS)
+    config, plain = (run.model_copy(update={"model": with_media(run.model, **keys)}) for run in (config, plain))
+    documents = [[document(f"{i}.{k}", b"a %d" % i, image(i + k), b"b", audio(i)) for k in range(2)] for i in range(4)]
+    microbatches = [build_batch(pair, model=plain.model, sequence_latents=LENGTH) for pair in documents]
+    steps = [[with_noise(b, time=0.2 * k, seed=k, index=k) for b in microbatches] for k in (1, 2, 3)]
     trained = world(config.parallel.ranks).run(cases.train_ranks, config, steps)
     assert_same_run(trained, cases.train_plain(plain, steps))
 

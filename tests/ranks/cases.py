@@ -7,8 +7,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ with warnings.catch_warnings():
     from megatron.core import parallel_state
 
     from matformer.hosts.hosted import MegatronHost
-    from matformer.hosts.megatron import AttoNorm, HeadNorm
+    from matformer.hosts.megatron import AttoNorm, HeadNorm, ModulatedLayer
 
 import matformer.engine.step as step_room
 from matformer.checkpoint.store import Checkpoint, save
@@ -150,6 +151,22 @@ def stream_norms_apart(host: MegatronHost) -> Iterator[None]:
 
 
 @contextmanager
+def modulations_apart(host: MegatronHost) -> Iterator[None]:
+    """Under sequence parallelism modulations by time keep the gradient of their own positions."""
+    for module in host.model.modules():
+        if isinstance(module, ModulatedLayer):
+            module.shared = False
+            module.register_forward_pre_hook(_own_positions, with_kwargs=True)
+    yield
+
+
+def _own_positions(module: ModulatedLayer, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    view = kwargs["packed_seq_params"]
+    flat = view.times.index_BS.flatten().chunk(module.tp_group.size())[module.tp_group.rank()]
+    return args, {**kwargs, "packed_seq_params": replace(view, times=replace(view.times, index_BS=flat))}
+
+
+@contextmanager
 def means_of_ranks(host: MegatronHost) -> Iterator[None]:
     """Each rank divides by its own counts; then ranks are averaged: wrong wherever counts differ."""
     counted = step_room.global_counts
@@ -168,6 +185,7 @@ FAULTS: dict[str, Callable[[MegatronHost], contextmanager]] = {  # pyright: igno
     "": no_fault,
     "head norms apart": head_norms_apart,
     "stream norms apart": stream_norms_apart,
+    "modulations apart": modulations_apart,
     "means of ranks": means_of_ranks,
 }
 

@@ -252,6 +252,18 @@ BROKEN = {
     "buckets are given": (["model.media.image.buckets=[]"], ["at least one shape"]),
     "buckets ascend": (["model.media.audio.buckets=[[64],[32]]"], ["ascending", "[64]"]),
     "the largest span fits": (["data.sequence_latents=130"], ["131", "130", "audio"]),
+    "the time of a span has a place": (
+        ["data.sequence_latents=131", "model.media.audio.time_conditioning=token"],
+        ["132", "131", "its time", "audio"],
+    ),
+    "without clean copies less fits still": (
+        ["data.sequence_latents=66", "model.media_context=noised"],
+        ["67", "66", "one copy of 64 patches", "audio"],
+    ),
+    "the weight of SD3 is for its path": (
+        ["model.media.image.objective=ddpm_v", "model.media.image.loss_weighting=cosmap"],
+        ["model.media.image.loss_weighting", "ddpm_v", "cosmap"],
+    ),
     "pairs name a modality": (["data.sources.speech.modality=sound"], ["image, audio", "sound"]),
     "text names none": (["data.sources.text.modality=image"], ["data.sources.text.modality", "absent"]),
     "paths stay below the root": (["data.sources.text.path=../x"], ["data.sources.text.path", "../x"]),

@@ -133,6 +133,7 @@ def numbers(root: Path) -> dict[str, float]:
 
 def test_all_promised_numbers_are_there(numbers: dict[str, float]) -> None:
     with_error = ["text/bits_per_byte", "image/flow_loss", "audio/flow_loss", "router/span_end_accuracy"]
+    with_error += [f"{name}/x0_error_snr{snr}" for name in ("image", "audio") for snr in (-4, -2, 0, 2, 4)]
     gains = ["captions/image_gain", "captions/audio_gain"]
     expected = [*with_error, *gains, *(f"{name}_stderr" for name in [*with_error, *gains])]
     expected += [f"{name}_{end}" for name in gains for end in ("z", "num_concepts")]
@@ -225,6 +226,42 @@ def test_bits_per_byte_is_that_of_each_document_alone(root: Path, numbers: dict[
     residuals = [b - value * size for b, size in zip(bits, sizes, strict=True)]
     stderr = math.sqrt(n / (n - 1) * sum(r * r for r in residuals)) / sum(sizes)
     assert numbers["heldout/text/bits_per_byte_stderr"] == pytest.approx(stderr, rel=1e-4)
+
+
+@torch.no_grad()
+def test_the_error_of_the_clean_latent_is_that_of_x_t_less_t_times_the_velocity(
+    root: Path, numbers: dict[str, float]
+) -> None:
+    run = config(root)
+    _, model = build(run)
+    for index, log_snr in enumerate((-4, -2, 0, 2, 4), start=9):
+        t, total, scalars = 1 / (1 + math.exp(log_snr / 2)), 0.0, 0
+        for document in heldout_documents(run, "images", max_spans=5):
+            batch = with_noise(
+                build_batch([document], model=run.model, sequence_latents=48), time=t, seed=0, index=index
+            )
+            units = batch.media["image"]
+            clean = (1 - t) * units.value_NF + t * units.noise_NF
+            clean = clean - t * model.code["image"](model.latents(batch).flatten(0, 1), units)
+            total += float((clean - units.value_NF).square().sum())
+            scalars += clean.numel()
+        assert numbers[f"heldout/image/x0_error_snr{log_snr}"] == pytest.approx(total / scalars, rel=1e-5)
+
+
+def test_errors_of_clean_latents_are_the_same_for_all_objectives_where_the_network_says_nothing(root: Path) -> None:
+    run, found = config(root), []
+    for objective in ("flow", "ddpm_eps", "ddpm_v"):
+        media = {name: one.model_copy(update={"objective": objective}) for name, one in run.model.media.items()}
+        few = run.eval.model_copy(update={"text_bytes": 0, "captioned_spans": 0})
+        asked = run.model_copy(update={"model": run.model.model_copy(update={"media": media}), "eval": few})
+        evaluated = evaluate(build(asked, trained=False)[0], asked, full=True)
+        assert f"heldout/image/{objective}_loss" in evaluated
+        found.append({name: value for name, value in evaluated.items() if "/x0_error" in name})
+    assert len(found[0]) == 20
+    for name, value in found[0].items():
+        assert found[1][name] == pytest.approx(value, rel=1e-4), name
+        assert found[2][name] == pytest.approx(value, rel=1e-4), name
+    assert found[0]["heldout/image/x0_error_snr-4"] > 5 * found[0]["heldout/image/x0_error_snr4"]
 
 
 @torch.no_grad()

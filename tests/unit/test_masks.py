@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -137,6 +139,32 @@ def test_two_given_spans_are_two_blocks() -> None:
         "xxxxxxxx.",
         "xxxxxxxxx",
     ]
+
+
+def test_under_a_noised_context_what_follows_sees_noised_media_and_not_noised_text() -> None:
+    # start a | header n n closing | b, and the same with text as the noised span, which has a clean copy
+    kinds, media = [S, T, H, N, N, E, T], [-1, -1, 0, 0, 0, 0, -1]
+    seen = grid(kinds, spans=[-1, -1, -1, 0, 0, -1, -1], media=media)
+    seen = replace(seen, modality_BS=torch.tensor([[-1, 0, 1, 1, 1, 1, 0]]))
+    assert drawn(masks.visible_with_noised_context(seen)[0]) == [
+        "x......",
+        "xx.....",
+        "xxx....",
+        "xxxxx..",
+        "xxxxx..",
+        "xxxxxx.",
+        "xxxxxxx",
+    ]
+    blind = replace(seen, blind_BS=torch.tensor([[0, 0, 1, 1, 1, 0, 0]]).bool())
+    assert drawn(masks.visible_with_noised_context(blind)[0])[2:] == [
+        "x.x....",
+        "x.xxx..",
+        "x.xxx..",
+        "xx.xxx.",  # the patches, which are themselves, but not the header, which has not read its document
+        "xx.xxxx",
+    ]
+    text = grid([S, H, N, N, C, C, E], spans=[-1, -1, 0, 0, 1, 1, -1], media=[-1] + [0] * 6)
+    assert torch.equal(masks.visible_with_noised_context(text), masks.visible(text))
 
 
 @pytest.mark.parametrize("blind", [False, True])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from matformer.config.schema import AttoConfig, MediaConfig, ModelConfig, RouterConfig, TextConfig
+from matformer.config.schema import AttoConfig, MediaConfig, ModelConfig, RouterConfig, TextConfig, TimeSampler
 from matformer.data.packing import (
     Noise,
     Piece,
@@ -245,9 +245,12 @@ def test_a_document_that_does_not_fit_is_refused() -> None:
         build_batch([document("a", b"abcdef")], model=MODEL, sequence_latents=3)
 
 
-def test_training_noise_depends_on_step_lane_and_span_alone() -> None:
+@pytest.mark.parametrize("sampler", ["uniform", "logit_normal", "mode"])
+def test_training_noise_depends_on_step_lane_and_span_alone(sampler: TimeSampler) -> None:
     def draw(step: int, lane: int, span: int) -> Noise:
-        noise = draw_training_noise(seed=0, step=step, lane=lane, blind_probability=0.5, time_shift=1.0)
+        noise = draw_training_noise(
+            seed=0, step=step, lane=lane, blind_probability=0.5, time_shift=1.0, time_sampler=sampler
+        )
         return noise("k", span, (2, 3))
 
     first, again = draw(1, 2, 3), draw(1, 2, 3)

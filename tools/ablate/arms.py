@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from matformer.data.patching import EntropyPatcher, build_patcher, text_symbols
 from matformer.data.pieces import load_pieces, train_pieces
 from matformer.data.sources import TextSpan, open_source
 from matformer.errors import ConfigError
+from matformer.files import write_whole
 from matformer.parallel.seeds import Permutation
 
 log = logging.getLogger("ablate.arms")
@@ -168,11 +168,3 @@ def _learn_pieces(config: RunConfig, prepared: Prepared, *, texts: Iterator[byte
     )
     write_whole(file, pieces.model)
     prepared.pieces, prepared.vocabulary = str(file), len(load_pieces(file))
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(data)
-    os.replace(beside, path)

@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arms import write_whole
-
 from matformer.config.load import changed_keys, load_run
 from matformer.engine.evaluate import text_by_document
 from matformer.engine.folder import KEYS_WITHOUT_EFFECT_ON_NUMBERS
 from matformer.engine.restore import load_for_inference
 from matformer.errors import CheckpointError
+from matformer.files import write_whole
 from matformer.observe.sinks import read_metrics
 from matformer.parallel.process import settle
 
