@@ -31,17 +31,18 @@ def test_ours_has_the_parameters_of_the_peer(peer: str, way: str) -> None:
     assert (tables > 0) == bench.WAYS[way].tables
 
 
-@pytest.mark.parametrize(("patch", "positions"), [(4, 85), (1, 325)])
-def test_a_row_holds_the_units_of_theirs(patch: int, positions: int) -> None:
-    way = bench.Way(patch, tables=True)
-    config = bench.model_config(way, "transfusion-pytorch", parameters=PARAMETERS["transfusion-pytorch"])
-    found = bench.document(0, config, patcher=StaticPatcher(patch), texts=2)
+@pytest.mark.parametrize(("way", "positions"), [("ours", 85), ("patches of 1", 261)])
+def test_a_row_holds_the_units_of_theirs(way: str, positions: int) -> None:
+    settings = bench.WAYS[way]
+    config = bench.model_config(settings, "transfusion-pytorch", parameters=PARAMETERS["transfusion-pytorch"])
+    found = bench.document(0, config, patcher=StaticPatcher(settings.patch), texts=2)
     before, media, after = found.spans
     assert isinstance(before, TextSpan) and isinstance(media, MediaSpan) and isinstance(after, TextSpan)
     assert (len(before.data), media.latent.shape, len(after.data)) == (96, (16, 64), 96)
-    # start, text, header, noised copy, clean copy, closing, text: each text has its end symbol beside its 96 bytes
-    text = -(-97 // patch)
-    assert positions == 1 + text + 1 + 64 // patch + 64 // patch + 1 + text == document_positions(found, model=config)
+    # start, text, header, copies, closing, text: a text has its end symbol beside its 96 bytes
+    text, copies = -(-97 // settings.patch), 2 if settings.media_context == "clean_copy" else 1
+    assert positions == 1 + text + 1 + copies * 64 // settings.patch + 1 + text
+    assert positions == document_positions(found, model=config)
 
 
 @pytest.mark.parametrize("peer", peers.PEERS)

@@ -8,9 +8,9 @@ latents are given to both, the optimizer is left out. Packing a row and drawing 
 
 Ours is the demo's model with one medium, its feed-forward as wide as gives it the peer's number of parameters, and
 patches of 4 bytes and of 4 latents. Controls stand beside it: without tables of n-grams, whose parameters cost no
-products (the trunk is wider instead); with patches of one, where our trunk sees no fewer positions than theirs; without
-both; and VibeVoice with one noise a latent, as ours has, where its authors take four. `cases` of the JSON line holds
-what is no control, `controls` the others.
+products (the trunk is wider instead); with patches of one and latents that stand noised alone, where our trunk sees as
+many positions as theirs; both; and VibeVoice with one noise a latent, as ours has, where its authors take four. `cases`
+of the JSON line holds what is no control, `controls` the others.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from training_steps import Step, flops_of, matmul_gflops, training_step
 
 from matformer.config.load import load_run
-from matformer.config.schema import MediaConfig, ModelConfig
+from matformer.config.schema import MediaConfig, MediaContext, ModelConfig
 from matformer.data.packing import Piece, Place, document_positions, draw_training_noise, pack_batch
 from matformer.data.patching import StaticPatcher
 from matformer.data.sources import Document, media_span, text_span
@@ -52,17 +52,18 @@ NARROWEST, ROUND = 128, 32  # of the feed-forward
 
 @dataclass(frozen=True)
 class Way:
-    """How ours is configured: units of a patch, of bytes and latents alike, and whether it has tables of n-grams."""
+    """How ours is configured: units of a patch, of bytes and latents alike; tables of n-grams; what follows media."""
 
     patch: int
     tables: bool
+    media_context: MediaContext
 
 
 WAYS = {
-    "ours": Way(4, tables=True),
-    "no tables": Way(4, tables=False),
-    "patches of 1": Way(1, tables=True),
-    "patches of 1, no tables": Way(1, tables=False),
+    "ours": Way(4, tables=True, media_context="clean_copy"),
+    "no tables": Way(4, tables=False, media_context="clean_copy"),
+    "patches of 1": Way(1, tables=True, media_context="noised"),
+    "patches of 1, no tables": Way(1, tables=False, media_context="noised"),
 }
 
 
@@ -80,7 +81,8 @@ def model_config(way: Way, peer: str, *, parameters: int) -> ModelConfig:
     if not way.tables:
         text = text.model_copy(update={"preludio_ngrams": (), "coda_ngrams": ()})
     atto = demo.atto.model_copy(update={"ffn_width": NARROWEST})
-    narrow = demo.model_copy(update={"text": text, "media": {"audio": audio}, "atto": atto})
+    sizes = {"text": text, "media": {"audio": audio}, "atto": atto, "media_context": way.media_context}
+    narrow = demo.model_copy(update=sizes)
     missing = parameters - count(Matformer(narrow, trunk=PlainTrunk(atto)))
     wider = max(0, round(missing / (3 * atto.width * atto.layers * ROUND))) * ROUND
     return narrow.model_copy(update={"atto": atto.model_copy(update={"ffn_width": NARROWEST + wider})})
