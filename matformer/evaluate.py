@@ -22,6 +22,7 @@ from matformer.parallel.process import settle
 LOWER, HIGHER = -1, 1
 CHANCE_GAIN = 0.0
 HEAD = {"held out": 25, "this model": 15, "rival": 19, "": 15, "better by (stderr)": 18}  # columns and their widths
+BESIDE = ("_stderr", "_z", "_num_concepts", "_num_samples", "_real")  # ends of numbers that have no line of their own
 WIDTH = 110  # columns, so that no key is cut where there is no terminal
 
 
@@ -65,7 +66,7 @@ def table(evaluation: Evaluation, *, title: str) -> Table:
         box=None,
     )
     for name, value in numbers.items():
-        if name.endswith(("_stderr", "_z", "_num_concepts", "_num_samples", "_real")) or "/below_" in name or name == "router/majority":
+        if name.endswith(BESIDE) or "/below_" in name or name == "router/majority":
             continue
         stderr = numbers.get(f"{name}_stderr")
         rivals = _rivals(name, numbers=numbers, baselines=evaluation.baselines)
@@ -123,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--judged-samples", type=_natural, metavar="N", help="pictures drawn from held-out captions (the run's own)"
     )
-    parser.add_argument("--steps", type=_natural, metavar="N", help=f"of denoising a judged picture ({DRAWS.steps})")
+    parser.add_argument("--steps", type=_positive, metavar="N", help=f"of denoising a judged picture ({DRAWS.steps})")
     parser.add_argument("--guidance", type=float, metavar="W", help=f"of judged pictures ({DRAWS.guidance:g})")
     parser.add_argument("--seed", type=_natural, metavar="N", help=f"of their noise ({DRAWS.seed})")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
@@ -135,6 +136,12 @@ def _natural(text: str) -> int:
     if number < 0:
         raise ValueError(text)
     return number
+
+
+def _positive(text: str) -> int:
+    if _natural(text) == 0:
+        raise ValueError(text)
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -118,9 +118,9 @@ def evaluate_run(
 ) -> Evaluation:
     """Everything about a run's newest good checkpoint, on one plain rank; kept as evaluation.json and baselines.json.
 
-    Amounts are those of the run's `eval`, unless given; judged pictures are drawn by `draws`. evaluation.json keeps what it holds of the same step. With
-    `data`, a text data set, its held-out documents alone are scored, all unless `text_bytes` says less, and nothing is
-    kept. Raises ConfigError, CheckpointError or DataError.
+    Amounts are those of the run's `eval`, unless given; judged pictures are drawn by `draws`. evaluation.json keeps
+    what it holds of the same step. With `data`, a text data set, its held-out documents alone are scored, all unless
+    `text_bytes` says less, and nothing is kept. Raises ConfigError, CheckpointError or DataError.
     """
     config, host, model = load_for_inference(run_folder, ema=ema)
     if data is not None:

@@ -15,9 +15,7 @@ class Gaussian(NamedTuple):
     covariance: Float[np.ndarray, "F F"]
 
 
-def fitted(
-    points: Float[np.ndarray, "n F"], *, weights: Float[np.ndarray, " n"] | None = None
-) -> Gaussian:
+def fitted(points: Float[np.ndarray, "n F"], *, weights: Float[np.ndarray, " n"] | None = None) -> Gaussian:
     """Mean and covariance of the points, in float64; the covariance is that of the points themselves (over n)."""
     x = np.asarray(points, np.float64)
     share = np.full(len(x), 1 / len(x)) if weights is None else np.asarray(weights, np.float64) / np.sum(weights)

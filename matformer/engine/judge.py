@@ -134,7 +134,8 @@ def _fingerprint(config: RunConfig, *, modality: str, steps: int | None) -> str:
 def _keep(judge: Judge, path: Path) -> None:
     """Write beside the data; a data set that is read-only costs the minutes again, not the evaluation."""
     tensors = {f"classifier.{name}": value for name, value in judge.classifier.state_dict().items()}
-    tensors |= {f"train.{name}": torch.from_numpy(np.ascontiguousarray(value)) for name, value in judge.train._asdict().items()}
+    train = judge.train._asdict().items()
+    tensors |= {f"train.{name}": torch.from_numpy(np.ascontiguousarray(value)) for name, value in train}
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         safetensors.torch.save_file(tensors, beside, metadata={"labels": json.dumps(judge.labels)})
