@@ -256,8 +256,8 @@ def _measuring(results: Results) -> str:
         "- **Log-SNR columns**: mean over scalars of (predicted clean latent - clean latent)^2 at alpha^2 / sigma^2 = "
         "exp(log-SNR), the same noise for all arms: the number that compares objectives. Losses do not.",
         f"- **Beside `{_first(results)}`'s**: the mean over the five levels of log(error / its error), in percent, "
-        "seed against seed, with the standard error over seeds. **±** is the standard deviation over seeds. A difference "
-        f"is called one at {CLEAR:g} standard errors and one sign under all seeds.",
+        "seed against seed, with the standard error over seeds. **±** is the standard deviation over seeds. "
+        f"A difference is called one at {CLEAR:g} standard errors and one sign under all seeds.",
         "- **Captions**: the loss under captions of other concepts less that under the own one, the same picture, "
         "noise and t, over its standard error clustered by concept.",
         f"- **Drawn pictures**: {made['judged_samples']} held-out captions, every concept once before any comes twice, "
