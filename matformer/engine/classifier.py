@@ -15,7 +15,7 @@ from matformer.parallel.seeds import generator
 
 SIDE = 32
 """Pixels that it looks at: larger pictures are averaged."""
-STEPS, BATCH, LARGEST_RATE, WEIGHT_DECAY, SMOOTHING, FURTHEST = 1000, 64, 3e-3, 0.05, 0.1, 3
+BATCH, LARGEST_RATE, WEIGHT_DECAY, SMOOTHING, FURTHEST = 64, 3e-3, 0.05, 0.1, 3
 _CHUNK = 256
 
 
@@ -60,7 +60,7 @@ def train_classifier(
     *,
     concepts: Sequence[str],
     labels: Sequence[str],
-    steps: int = STEPS,
+    steps: int,
     seed: int = 0,
 ) -> Classifier:
     """Fit by AdamW and one cycle of the rate, on pictures that are shifted and mirrored.

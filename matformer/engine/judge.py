@@ -27,7 +27,7 @@ from matformer.errors import DataError
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION, STEPS = 1, 1000
 UNKNOWN = "unknown"
 """What a data set says of a picture that belongs to no group: it is not judged."""
 
@@ -54,19 +54,18 @@ class Pictures:
     labels: tuple[str, ...]
 
 
-def load_judge(config: RunConfig, *, modality: str, steps: int | None = None) -> Judge:
+def load_judge(config: RunConfig, *, modality: str) -> Judge:
     """The judge of a run's data, from data.root/classifier-<fingerprint>.safetensors; learned if it is not there.
 
-    Learning takes one to two CPU minutes on the demo. Raises DataError if the data say no group of their pictures.
+    Learning takes less than two CPU minutes on the demo. Raises DataError if the data say no group of their pictures.
     """
-    kept = Path(config.data.root) / f"classifier-{_fingerprint(config, modality=modality, steps=steps)}.safetensors"
+    kept = Path(config.data.root) / f"classifier-{_fingerprint(config, modality=modality)}.safetensors"
     if kept.is_file():
         return _read(kept)
     log.info("learning a classifier of the real pictures: %s", kept)
     pictures = labelled_pictures(config, modality=modality)
-    chosen = {} if steps is None else {"steps": steps}
     classifier = train_classifier(
-        pictures.pixels, pictures.label_n, concepts=pictures.concepts, labels=pictures.labels, **chosen
+        pictures.pixels, pictures.label_n, concepts=pictures.concepts, labels=pictures.labels, steps=STEPS
     )
     features, _ = classifier.judge(pictures.pixels)
     judge = Judge(classifier, fitted(features.double().numpy(), weights=by_concept(pictures.concepts)))
@@ -121,9 +120,9 @@ def concept_of(facts: dict[str, Any]) -> str:
     return str(facts.get("base") or facts["concept"])
 
 
-def _fingerprint(config: RunConfig, *, modality: str, steps: int | None) -> str:
+def _fingerprint(config: RunConfig, *, modality: str) -> str:
     """Of everything the judge depends on: the train pictures and how they are learned."""
-    digest = hashlib.sha256(f"{VERSION} {modality} {steps}".encode())
+    digest = hashlib.sha256(f"{VERSION} {modality} {STEPS}".encode())
     code = Path(__file__).with_name("classifier.py")
     digest.update(code.read_bytes())
     for source in picture_sources(config, modality=modality, split="train"):
