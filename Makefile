@@ -3,6 +3,7 @@
 # make oracle  what the real modules learn of a mixture of Gaussians: docs/results/gaussian_mixture.md (some CPU minutes)
 # make check   style, types, the rule of imports
 # make ablation-text   ways to hand text to the model, against each other: docs/results/text_frontends.md (some CPU hours)
+# make ablation-time   objectives of media and ways to tell t, against each other: docs/results/time_conditioning.md (some CPU hours)
 # make env     sets up alone: one virtual environment, .venv
 # make clean   removes the environment and caches; runs/, data/ and cache/ stay
 
@@ -16,7 +17,7 @@ STAMP := .venv/.installed
 LOCK := $(shell command -v flock >/dev/null 2>&1 && echo flock .env.lock)
 FITS := import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
-.PHONY: env demo test test-slow oracle check ablation-text clean
+.PHONY: env demo test test-slow oracle check ablation-text ablation-time clean
 
 env:
 	@$(LOCK) $(MAKE) --silent --no-print-directory $(STAMP)
@@ -57,6 +58,11 @@ check: env
 ablation-text: env
 	bash slurm/prepare.sh configs/ablation/text/static.yaml
 	$(BIN)/python tools/ablate/text_frontends.py --seeds 0,1,2 --bytes 400000 --out runs/ablation/text --document docs/results/text_frontends.md
+
+# The same: a killed one goes on.
+ablation-time: env
+	bash slurm/prepare.sh configs/ablation/time/flow-add.yaml
+	$(BIN)/python tools/ablate/time_conditioning.py --seeds 0,1,2 --out runs/ablation/time --document docs/results/time_conditioning.md
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache *.egg-info

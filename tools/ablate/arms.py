@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from matformer.config.check import check
-from matformer.config.load import load_run
+from jobs import load_checked
+
 from matformer.config.schema import RunConfig
 from matformer.data.entropy import entropies, load_entropy_model
 from matformer.data.matching import TOLERANCE, matched, pick_threshold
@@ -67,9 +67,7 @@ def config_file(arm: str) -> Path:
 
 def load_arm(arm: str, overrides: Sequence[str] = ()) -> RunConfig:
     """The checked config of an arm. Raises ConfigError."""
-    config = load_run(config_file(arm), overrides)
-    check(config)
-    return config
+    return load_checked(config_file(arm), overrides)
 
 
 def train_texts(config: RunConfig) -> Iterator[bytes]:
