@@ -254,6 +254,16 @@ def check_zero(config: RunConfig) -> None:
     )
 
 
+def check_gradients(config: RunConfig) -> None:
+    """A loss's own gradient takes a backward outside the schedule and whole weights."""
+    parallel, every = config.parallel, config.run.gradients_every_steps
+    _must(
+        every == 0 or (parallel.pp == 1 and parallel.zero_stage <= 2),
+        f"parallel.pp must be 1 and parallel.zero_stage at most 2 where run.gradients_every_steps is set, got "
+        f"{parallel.pp} and {parallel.zero_stage}; change run.gradients_every_steps",
+    )
+
+
 def check_host(config: RunConfig) -> None:
     """The plain host is the reference: one rank, float32, no partitions."""
     parallel = config.parallel
@@ -330,6 +340,7 @@ RULES = (
     check_degrees,
     check_sequence_parallel,
     check_zero,
+    check_gradients,
     check_host,
     check_batches,
     check_optimizer,

@@ -259,6 +259,11 @@ class RunSection(Section):
     save_every_steps: Positive = 200
     keep_checkpoints: Positive = 2
     log_every_steps: Positive = 1
+    gradients_every_steps: Natural = Field(
+        default=0,
+        description="log cosines and norm ratios of the losses' gradients on each layer of the Atto (gradients/...); "
+        "costs a forward and a backward for each loss, and two float32 copies of the Atto for each; 0 never does",
+    )
     wandb: Literal["offline", "online", "disabled"] = "offline"
     report: bool = Field(default=True, description="write report.html at the end")
 

@@ -51,7 +51,7 @@ LAYOUTS = {
     "tp2": ("parallel.tp=2",),
     "pp2": ("parallel.pp=2",),
     "tp2 pp2": ("parallel.tp=2", "parallel.pp=2"),
-    "dp2": ("parallel.dp=2",),
+    "dp2": ("parallel.dp=2", "run.gradients_every_steps=2"),
     "dp2 zero2": ("parallel.dp=2", "parallel.zero_stage=2"),
     "dp2 zero3": ("parallel.dp=2", "parallel.zero_stage=3"),
 }
@@ -248,6 +248,17 @@ def test_a_layout_is_the_run_of_one_rank(house: House, layout: str) -> None:
     assert len(series(house.run("one"), "loss")) == STEPS and len(heldout) > 10
     for key in heldout:
         assert series(house.run(layout), key) == pytest.approx(series(house.run("one"), key), rel=LOSS), key
+
+
+@needs("dp2")
+def test_a_run_that_looks_at_gradients_writes_them_every_so_many_steps(house: House) -> None:
+    assert house("dp2").code == 0, house("dp2").error
+    rows = [row for row in metrics(house.run("dp2")) if "loss" in row]
+    assert [row["step"] for row in rows if "gradients/atto/text_image_cosine" in row] == list(range(2, STEPS + 1, 2))
+    looked = rows[1]
+    assert (
+        -1 <= looked["gradients/layer_00/text_audio_cosine"] <= 1 and looked["gradients/atto/text_media_norm_ratio"] > 0
+    )
 
 
 @needs("one", "dp2")
