@@ -206,16 +206,21 @@ def check_sources(config: RunConfig) -> None:
     media = ", ".join(config.model.media) or "none"
     for name, source in config.data.sources.items():
         key = f"data.sources.{name}"
-        if source.form == "pairs":
+        _must(
+            source.form == "pairs" or source.shows == "both",
+            f"{key}.shows must be both for form {source.form}, got {source.shows}; change {key}.shows",
+        )
+        if source.form == "pairs" and source.shows != "caption":
             _must(
                 source.modality in config.model.media,
                 f"{key}.modality must be one of model.media ({media}) for form pairs, got {source.modality}; change "
                 f"{key}.modality",
             )
         else:
+            what = "shows caption" if source.form == "pairs" else f"form {source.form}"
             _must(
                 source.modality is None,
-                f"{key}.modality must be absent for form {source.form}, got {source.modality}; change {key}.form",
+                f"{key}.modality must be absent for {what}, got {source.modality}; change {key}.modality",
             )
         path = PurePath(source.path)
         _must(

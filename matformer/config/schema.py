@@ -166,6 +166,9 @@ class SourceConfig(Section):
     path: str = Field(description="data set folder under data.root, holding the splits train/ and heldout/")
     form: Literal["text", "pairs", "documents"]
     modality: str | None = Field(default=None, description="form pairs: the latent modality")
+    shows: Literal["both", "caption", "medium"] = Field(
+        default="both", description="form pairs: what a document holds; of one alone nothing else is seen"
+    )
     weight: float = Field(gt=0.0, description="share of the mixture, in latents")
     generate_probability: Fraction = Field(
         default=0.7, description="form pairs: chance of caption -> media; otherwise media -> caption"

@@ -1,0 +1,3 @@
+"""Stub replaced below."""
+from pathlib import Path
+def write(results, path: Path) -> None: ...
