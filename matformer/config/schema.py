@@ -252,6 +252,9 @@ class EvalConfig(Section):
     final_text_bytes: Natural | None = Field(default=None, description="text_bytes when the run is done, if others")
     final_media_spans: Natural | None = Field(default=None, description="media_spans when the run is done, if others")
     captioned_spans: Natural = Field(default=128, description="held-out media of the caption test when the run is done")
+    judged_samples: Natural = Field(
+        default=0, description="pictures that are drawn from held-out captions and judged when the run is done"
+    )
 
 
 class RunSection(Section):

@@ -26,8 +26,10 @@ from matformer.data.text_rows import with_masks
 from matformer.engine.baselines import TIMES, Baselines, compute_baselines, ratio
 from matformer.engine.clean_errors import clean_errors, media_batches
 from matformer.engine.document_sums import Documents, document_sums, gather_documents, velocity_scalars
+from matformer.engine.draws import Draws
 from matformer.engine.paired import caption_gain
 from matformer.engine.restore import load_for_inference
+from matformer.engine.sample_quality import DRAWS, judged_samples
 from matformer.hosts.base import Host
 from matformer.losses.flow import loss_name
 from matformer.parcels import Batch
@@ -122,25 +124,28 @@ def evaluate_run(
     ema: bool,
     text_bytes: int | None = None,
     media_spans: int | None = None,
+    judged: int | None = None,
+    draws: Draws = DRAWS,
     data: Path | None = None,
 ) -> Evaluation:
     """Everything about a run's newest good checkpoint, on one plain rank; kept as evaluation.json and baselines.json.
 
-    Amounts are those of the run's `eval`, unless given. evaluation.json keeps what it holds of the same step. With
-    `data`, a text data set, its held-out documents alone are scored, all unless `text_bytes` says less, and nothing is
-    kept. Raises ConfigError, CheckpointError or DataError.
+    Amounts are those of the run's `eval`, unless given; judged pictures are drawn by `draws`. evaluation.json keeps
+    what it holds of the same step. With `data`, a text data set, its held-out documents alone are scored, all unless
+    `text_bytes` says less, and nothing is kept. Raises ConfigError, CheckpointError or DataError.
     """
-    config, host, _ = load_for_inference(run_folder, ema=ema)
+    config, host, model = load_for_inference(run_folder, ema=ema)
     if data is not None:
         config = _of_text(config, data)
     amounts = {
         "text_bytes": config.eval.final_text_bytes if text_bytes is None else text_bytes,
         "media_spans": config.eval.final_media_spans if media_spans is None else media_spans,
+        "judged_samples": judged,
     }
     asked = config.eval.model_copy(update={name: value for name, value in amounts.items() if value is not None})
     config = config.model_copy(update={"eval": asked})
     baselines = _baselines(config, asked)
-    numbers = evaluate(host, config, full=True, rivals=baselines)
+    numbers = evaluate(host, config, full=True, rivals=baselines) | judged_samples(model, config, draws=draws)
     if ema:
         numbers = {name.replace("heldout/", "heldout_ema/", 1): value for name, value in numbers.items()}
     evaluation = Evaluation(host.steps, numbers, baselines.numbers)
@@ -154,6 +159,7 @@ def _of_text(config: RunConfig, folder: Path) -> RunConfig:
     source = SourceConfig(path=folder.name, form="text", weight=1.0)
     root = {"root": str(folder.resolve().parent), "recipe": None, "sources": {"text": source}}
     amounts = {"text_bytes": EVERY_BYTE, "media_spans": 0, "final_text_bytes": None, "final_media_spans": None}
+    amounts |= {"judged_samples": 0}
     return config.model_copy(
         update={
             "data": config.data.model_copy(update=root),
