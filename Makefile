@@ -2,6 +2,7 @@
 # make test    sets up, passes the tests
 # make check   style, types, the rule of imports
 # make ablation-text   ways to hand text to the model, against each other: docs/results/text_frontends.md (some CPU hours)
+# make ablation-interference   does text help or hurt pictures and sounds in one trunk: docs/results/interference.md (an hour)
 # make env     sets up alone: one virtual environment, .venv
 # make clean   removes the environment and caches; runs/, data/ and cache/ stay
 
@@ -15,7 +16,7 @@ STAMP := .venv/.installed
 LOCK := $(shell command -v flock >/dev/null 2>&1 && echo flock .env.lock)
 FITS := import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
-.PHONY: env demo test check ablation-text clean
+.PHONY: env demo test check ablation-text ablation-interference clean
 
 env:
 	@$(LOCK) $(MAKE) --silent --no-print-directory $(STAMP)
@@ -50,6 +51,11 @@ check: env
 ablation-text: env
 	bash slurm/prepare.sh configs/ablation/text/static.yaml
 	$(BIN)/python tools/ablate/text_frontends.py --seeds 0,1,2 --bytes 400000 --out runs/ablation/text --document docs/results/text_frontends.md
+
+# Three single-modality arms and two joint ones, three seeds. Goes on where it stood likewise.
+ablation-interference: env
+	bash slurm/prepare.sh configs/ablation/interference/joint.yaml
+	$(BIN)/python tools/ablate/interference.py --seeds 0,1,2 --steps 160
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache *.egg-info

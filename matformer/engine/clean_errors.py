@@ -22,7 +22,7 @@ FIRST_INDEX = 9  # of the noise: the loss of the same spans has 1 to 8
 
 
 def media_batches(config: RunConfig, modality: str) -> list[Batch]:
-    """Held-out documents, caption -> medium where there is one, of all sources of this modality, up to eval.media_spans of each."""
+    """Held-out media of all sources of this modality, behind captions if shown; up to eval.media_spans of each."""
     names = media_sources(config.data, modality)
     return [batch for name in names for batch in heldout_batches(config, name, max_spans=config.eval.media_spans)]
 

@@ -95,7 +95,8 @@ def text_by_document(host: Host, config: RunConfig) -> dict[str, tuple[float, fl
 
 def media_by_document(host: Host, config: RunConfig, *, modality: str) -> dict[str, tuple[float, float]]:
     """Key of each held-out document of eval.media_spans of a modality -> its squared errors and its scalars, means over
-    the levels of noise. The noise hangs on the key alone, whatever else the document holds. Collective."""
+    the levels of noise. The noise hangs on the key alone, whatever else the document holds. Collective.
+    """
     return _by_document(host, config, part=modality, without={"text_bytes": 0})
 
 

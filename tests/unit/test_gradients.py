@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,7 +120,7 @@ def test_relations_of_products_written_out() -> None:
 
 
 @pytest.mark.parametrize("layout", [{"pp": 2}, {"dp": 2, "zero_stage": 3}])
-def test_a_layout_that_has_no_gradient_of_its_own_is_refused(layout: dict[str, int]) -> None:
+def test_a_layout_that_has_no_gradient_of_its_own_is_refused(layout: dict[str, Any]) -> None:
     made = tiny_run(**layout)
     run = made.run.model_copy(update={"gradients_every_steps": 5})
     with pytest.raises(ConfigError, match=r"parallel\.pp must be 1 .* change run\.gradients_every_steps"):

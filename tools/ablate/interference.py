@@ -11,28 +11,20 @@ done. A killed command goes on where it stood; to begin anew remove --out.
 from __future__ import annotations
 
 import argparse
-import datetime
-import functools
 import json
 import logging
 import math
-import multiprocessing
-import os
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from arms import PROJECT, write_whole
 from interference_document import write
-from jobs import Job, train_all
-from text_frontends import _machine
+from jobs import Job, load_checked, train_all
+from made import add_arguments, made
+from scores import Asked, score_all
 
-from matformer.config.check import check
-from matformer.config.load import load_run
 from matformer.config.schema import RunConfig
 from matformer.engine.baselines import ratio
 from matformer.engine.evaluate import media_by_document, text_by_document
@@ -40,11 +32,10 @@ from matformer.engine.loop import num_parameters
 from matformer.engine.restore import load_for_inference
 from matformer.errors import ConfigError, MatformerError
 from matformer.observe.sinks import read_metrics
-from matformer.parallel.process import settle
 
 log = logging.getLogger("ablate")
 
-FOLDER = PROJECT / "configs" / "ablation" / "interference"
+FOLDER = Path(__file__).resolve().parents[2] / "configs" / "ablation" / "interference"
 SINGLE = ("text", "image", "audio")
 """Arms of one modality each, by its name."""
 JOINT = ("joint", "joint_apart")
@@ -88,12 +79,14 @@ def ablate(asked: argparse.Namespace) -> dict[str, Any]:
     train_all(every, at_once=asked.jobs)
     units = {arm: [units_seen(job.folder) for job in runs] for arm, runs in jobs.items()}
     require_equal_units(units)
-    scores = score_all(every, at_once=asked.jobs, text_bytes=asked.text_bytes, media_spans=asked.media_spans)
+    amounts = {"text_bytes": asked.text_bytes, "media_spans": asked.media_spans}
+    found = score_all(every, score_parts, asked=amounts, file=SCORES_FILE, at_once=asked.jobs)
+    scores = {arm: [found[job]["parts"] for job in runs] for arm, runs in jobs.items()}
     results = {
-        "made": _made(asked, scores[jobs["text"][0]], scores[jobs["image"][0]]),
+        "made": made("interference.py", asked) | {"steps": asked.steps, **_heldout(scores)},
         "arms": {arm: {"parameters": num_parameters(config), "units": units[arm]} for arm, config in configs.items()},
-        "losses": {arm: _losses([scores[job] for job in runs]) for arm, runs in jobs.items()},
-        "differences": _differences({arm: [scores[job] for job in runs] for arm, runs in jobs.items()}),
+        "losses": {arm: _losses(runs) for arm, runs in scores.items()},
+        "differences": _differences(scores),
         "gradients": {arm: [gradients(job.folder) for job in jobs[arm]] for arm in asked.arms if arm in JOINT},
     }
     (asked.out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
@@ -104,9 +97,7 @@ def load_arm(arm: str, overrides: Sequence[str] = ()) -> RunConfig:
     """The checked config of an arm. Raises ConfigError."""
     if arm not in (*SINGLE, *JOINT):
         raise ConfigError(f"an arm must be one of {', '.join((*SINGLE, *JOINT))}, got {arm}; change --arms")
-    config = load_run(FOLDER / f"{arm}.yaml", overrides)
-    check(config)
-    return config
+    return load_checked(FOLDER / f"{arm}.yaml", overrides)
 
 
 def units_seen(folder: Path) -> dict[str, float]:
@@ -127,28 +118,13 @@ def require_equal_units(units: Mapping[str, Sequence[Mapping[str, float]]]) -> N
                     )
 
 
-def score_all(
-    jobs: Sequence[Job], *, at_once: int, text_bytes: int, media_spans: int
-) -> dict[Job, dict[str, Scores]]:
-    """Held-out losses of every run's last weights by part and document; what was scored before is kept."""
-    amounts = {"text_bytes": text_bytes, "media_spans": media_spans}
-    todo = [job for job in jobs if not _scored(job.folder, amounts=amounts)]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(at_once, mp_context=context, initializer=settle, initargs=(1,)) as pool:
-        for _ in pool.map(functools.partial(score, amounts=amounts), [job.folder for job in todo]):
-            pass
-    return {job: json.loads((job.folder / SCORES_FILE).read_text(encoding="utf-8"))["parts"] for job in jobs}
+def score_parts(folder: Path, asked: Asked) -> dict[str, Any]:
+    """`parts` of a run's last weights: text, each medium alone, and behind its caption if the run had captions there.
 
-
-def _scored(folder: Path, *, amounts: Mapping[str, int]) -> bool:
-    path = folder / SCORES_FILE
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["asked"] == amounts
-
-
-def score(folder: Path, *, amounts: Mapping[str, int]) -> None:
-    """Of one run, whole or not at all into its folder: text, each medium alone, and behind its caption if trained so."""
+    A part is columns of keys, losses and sizes, a row a document.
+    """
     config, host, _ = load_for_inference(folder, ema=False)
-    config = config.model_copy(update={"eval": config.eval.model_copy(update=dict(amounts))})
+    config = config.model_copy(update={"eval": config.eval.model_copy(update=dict(asked))})
     found = {}
     if any(source.form == "text" for source in config.data.sources.values()):
         found["text"] = text_by_document(host, config)
@@ -157,8 +133,7 @@ def score(folder: Path, *, amounts: Mapping[str, int]) -> None:
         found[name] = media_by_document(host, alone, modality=name)
         if alone != config:
             found[f"{name} {CAPTIONED}"] = media_by_document(host, config, modality=name)
-    write_whole(folder / SCORES_FILE, json.dumps({"asked": amounts, "parts": _columns(found)}).encode())
-    log.info("scored %s", folder.name)
+    return {"parts": {part: _columns(documents) for part, documents in found.items()}}
 
 
 def with_media_alone(config: RunConfig) -> RunConfig:
@@ -170,14 +145,11 @@ def with_media_alone(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"data": config.data.model_copy(update={"sources": sources})})
 
 
-def _columns(found: Mapping[str, Mapping[str, tuple[float, float]]]) -> dict[str, Any]:
+def _columns(documents: Mapping[str, tuple[float, float]]) -> dict[str, list[Any]]:
     """Arms may pack the documents in another order: keys are sorted."""
-    parts = {}
-    for part, documents in found.items():
-        keys = sorted(documents)
-        losses, sizes = ([documents[key][place] for key in keys] for place in (0, 1))
-        parts[part] = {"keys": keys, "losses": losses, "sizes": sizes}
-    return parts
+    keys = sorted(documents)
+    losses, sizes = ([documents[key][place] for key in keys] for place in (0, 1))
+    return {"keys": keys, "losses": losses, "sizes": sizes}
 
 
 def _losses(runs: Sequence[Mapping[str, Scores]]) -> dict[str, list[float]]:
@@ -226,34 +198,20 @@ def _jobs(asked: argparse.Namespace) -> dict[str, list[Job]]:
     }
 
 
-def _made(asked: argparse.Namespace, text: Mapping[str, Scores], image: Mapping[str, Scores]) -> dict[str, Any]:
-    """When, where and with what."""
-    return {
-        "command": " ".join(["python", "tools/ablate/interference.py", *(asked.command or [])]),
-        "date": datetime.date.today().isoformat(),
-        "machine": _machine(),
-        "torch": torch.__version__,
-        "steps": asked.steps,
-        "seeds": asked.seeds,
-        "heldout_documents": len(text["text"]["keys"]),
-        "heldout_bytes": sum(text["text"]["sizes"]),
-        "heldout_media": len(image["image"]["keys"]),
-    }
+def _heldout(scores: Mapping[str, Sequence[Mapping[str, Scores]]]) -> dict[str, float]:
+    """What everything is scored on."""
+    text = scores["text"][0]["text"]
+    found: dict[str, float] = {"heldout_documents": len(text["keys"]), "heldout_bytes": sum(text["sizes"])}
+    return found | {f"heldout_{name}": len(scores[name][0][name]["keys"]) for name in ("image", "audio")}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", type=lambda text: text.split(","), default=[*SINGLE, *JOINT])
-    parser.add_argument("--seeds", type=lambda text: [int(one) for one in text.split(",")], default=[0, 1, 2])
+    out, document = Path("runs/ablation/interference"), Path("docs/results/interference.md")
+    add_arguments(parser, arms=(*SINGLE, *JOINT), out=out, document=document)
     parser.add_argument("--steps", type=int, default=160, help="of every arm")
-    parser.add_argument("--text-bytes", type=int, default=60_000, help="held out, that every run is scored on")
-    parser.add_argument("--media-spans", type=int, default=128, help="held out, of each medium")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at once, a thread each")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablation/interference"))
-    parser.add_argument("--document", type=Path, default=Path("docs/results/interference.md"))
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.set_defaults(command=sys.argv[1:])
+    parser.add_argument("--text-bytes", type=int, default=60_000, help="of held-out text that every run is scored on")
+    parser.add_argument("--media-spans", type=int, default=96, help="held-out pictures, and as many sounds")
     return parser
 
 
