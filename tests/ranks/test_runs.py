@@ -254,11 +254,12 @@ def test_a_layout_is_the_run_of_one_rank(house: House, layout: str) -> None:
 def test_a_run_that_looks_at_gradients_writes_them_every_so_many_steps(house: House) -> None:
     assert house("dp2").code == 0, house("dp2").error
     rows = [row for row in metrics(house.run("dp2")) if "loss" in row]
-    assert [row["step"] for row in rows if "gradients/atto/text_image_cosine" in row] == list(range(2, STEPS + 1, 2))
-    looked = rows[1]
-    assert (
-        -1 <= looked["gradients/layer_00/text_audio_cosine"] <= 1 and looked["gradients/atto/text_media_norm_ratio"] > 0
-    )
+    looked = [row for row in rows if any(key.startswith("gradients/") for key in row)]
+    assert [row["step"] for row in looked] == list(range(2, STEPS + 1, 2))
+    for row in looked:
+        cosines = [value for key, value in row.items() if key.startswith("gradients/") and key.endswith("_cosine")]
+        assert cosines and all(-1.001 <= value <= 1.001 for value in cosines)
+    assert any("gradients/layer_00/text_media_norm_ratio" in row for row in looked)
 
 
 @needs("one", "dp2")
