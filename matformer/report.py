@@ -403,7 +403,9 @@ def _router_curve(material: Material) -> list[str]:
 
 def _step_curves(material: Material) -> list[str]:
     panels = _curve(material, "Gradient norm", "grad_norm", ink="other", log=True)
-    return panels + _curve(material, "Learning rate", "lr", ink="other")
+    panels += _curve(material, "Learning rate", "lr", ink="other")
+    cosine = "gradients/atto/text_media_cosine"
+    return panels + _curve(material, "Gradients of text and media in the Atto", cosine, ink="other", unit="cosine")
 
 
 def _rate_curve(material: Material) -> list[str]:

@@ -238,16 +238,21 @@ def check_sources(config: RunConfig) -> None:
     media = ", ".join(config.model.media) or "none"
     for name, source in config.data.sources.items():
         key = f"data.sources.{name}"
-        if source.form == "pairs":
+        _must(
+            source.form == "pairs" or source.shows == "both",
+            f"{key}.shows must be both for form {source.form}, got {source.shows}; change {key}.shows",
+        )
+        if source.form == "pairs" and source.shows != "caption":
             _must(
                 source.modality in config.model.media,
                 f"{key}.modality must be one of model.media ({media}) for form pairs, got {source.modality}; change "
                 f"{key}.modality",
             )
         else:
+            what = "shows caption" if source.form == "pairs" else f"form {source.form}"
             _must(
                 source.modality is None,
-                f"{key}.modality must be absent for form {source.form}, got {source.modality}; change {key}.form",
+                f"{key}.modality must be absent for {what}, got {source.modality}; change {key}.modality",
             )
         path = PurePath(source.path)
         _must(
@@ -283,6 +288,16 @@ def check_zero(config: RunConfig) -> None:
         parallel.zero_stage == 1 or parallel.pp == 1,
         f"parallel.zero_stage must be 1 when parallel.pp is more than 1, got {parallel.zero_stage} and {parallel.pp}; "
         "change parallel.zero_stage",
+    )
+
+
+def check_gradients(config: RunConfig) -> None:
+    """A loss's own gradient takes a backward outside the schedule and whole weights."""
+    parallel, every = config.parallel, config.run.gradients_every_steps
+    _must(
+        every == 0 or (parallel.pp == 1 and parallel.zero_stage <= 2),
+        f"parallel.pp must be 1 and parallel.zero_stage at most 2 where run.gradients_every_steps is set, got "
+        f"{parallel.pp} and {parallel.zero_stage}; change run.gradients_every_steps",
     )
 
 
@@ -364,6 +379,7 @@ RULES = (
     check_degrees,
     check_sequence_parallel,
     check_zero,
+    check_gradients,
     check_host,
     check_batches,
     check_optimizer,

@@ -211,6 +211,9 @@ class SourceConfig(Section):
     path: str = Field(description="data set folder under data.root, holding the splits train/ and heldout/")
     form: Literal["text", "pairs", "documents"]
     modality: str | None = Field(default=None, description="form pairs: the latent modality")
+    shows: Literal["both", "caption", "medium"] = Field(
+        default="both", description="form pairs: what a document holds; of one alone nothing else is seen"
+    )
     weight: float = Field(gt=0.0, description="share of the mixture, in latents")
     generate_probability: Fraction = Field(
         default=0.7, description="form pairs: chance of caption -> media; otherwise media -> caption"
@@ -307,6 +310,11 @@ class RunSection(Section):
     save_every_steps: Positive = 200
     keep_checkpoints: Positive = 2
     log_every_steps: Positive = 1
+    gradients_every_steps: Natural = Field(
+        default=0,
+        description="log cosines and norm ratios of the losses' gradients on each layer of the Atto (gradients/...); "
+        "costs a forward and a backward for each loss, and two float32 copies of the Atto for each; 0 never does",
+    )
     wandb: Literal["offline", "online", "disabled"] = "offline"
     report: bool = Field(default=True, description="write report.html at the end")
 

@@ -235,19 +235,22 @@ class MediaSource(Source):
 
 
 class PairSource(MediaSource):
-    """A latent and its captions: caption -> media (generated), or media (given) -> caption."""
+    """A latent and its captions: caption -> media (generated), or media (given) -> caption; or one of the two alone."""
 
     def document(self, index: int, *, draws: np.random.Generator, direction: Role | None = None) -> Document:
         """See Source."""
         facts = self._json(index)
         forward, main, other = draws.random(), draws.random(), draws.random()
         role: Role = direction or ("generate" if forward < self.config.generate_probability else "given")
-        caption = self._caption(facts["texts"], main=main, other=other).encode()
-        if not caption:
-            raise DataError(f"a document must hold text, got none in {self._key(index)}; prepare the data again")
-        span = self._span(index, "moments.npy", modality=self.config.modality or facts["modality"], role=role)
-        spans = (caption, span) if role == "generate" else (span, caption)
-        return Document(self._key(index), merge_spans(spans, self.patcher))
+        spans: list[bytes | MediaSpan] = []
+        if self.config.shows != "medium":
+            spans.append(self._caption(facts["texts"], main=main, other=other).encode())
+            if not spans[0]:
+                raise DataError(f"a document must hold text, got none in {self._key(index)}; prepare the data again")
+        if self.config.shows != "caption":
+            modality = self.config.modality or facts["modality"]
+            spans.append(self._span(index, "moments.npy", modality=modality, role=role))
+        return Document(self._key(index), merge_spans(spans if role == "generate" else spans[::-1], self.patcher))
 
     def _caption(self, texts: list[dict[str, str]], *, main: float, other: float) -> str:
         mains = [text["text"] for text in texts if text["lang"] == self.config.main_language]
@@ -274,6 +277,12 @@ class DocumentSource(MediaSource):
 
 
 _FORMS: dict[str, type[Source]] = {"text": TextSource, "pairs": PairSource, "documents": DocumentSource}
+
+
+def media_sources(data: DataConfig, modality: str) -> list[str]:
+    """Names of the sources of form pairs that show media of `modality`, or of any."""
+    shown = [(name, one) for name, one in data.sources.items() if one.form == "pairs" and one.shows != "caption"]
+    return [name for name, one in shown if one.modality in (None, modality)]
 
 
 def open_source(name: str, *, data: DataConfig, model: ModelConfig, split: str) -> Source:

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from matformer.config.schema import RunConfig
 from matformer.data.loader import heldout_documents
 from matformer.data.shards import ShardReader
-from matformer.data.sources import MediaSpan, TextSpan, latent_mean
+from matformer.data.sources import MediaSpan, TextSpan, latent_mean, media_sources
 from matformer.errors import DataError
 from matformer.files import write_whole
 from matformer.parallel.seeds import generator
@@ -228,16 +228,11 @@ def _heldout_texts(config: RunConfig, *, text_bytes: int) -> dict[str, bytes]:
 def _heldout_latents(config: RunConfig, *, modality: str, media_spans: int) -> dict[str, np.ndarray]:
     return {
         document.key: span.latent
-        for name in _paired_sources(config, modality=modality)
+        for name in media_sources(config.data, modality)
         for document in heldout_documents(config, name, max_spans=media_spans)
         for span in document.spans
         if isinstance(span, MediaSpan) and span.modality == modality
     }
-
-
-def _paired_sources(config: RunConfig, *, modality: str) -> list[str]:
-    sources = config.data.sources.items()
-    return [name for name, source in sources if source.form == "pairs" and source.modality in (None, modality)]
 
 
 def _add_text(found: Baselines, config: RunConfig, *, heldout: dict[str, bytes]) -> None:
@@ -256,7 +251,7 @@ def _add_text(found: Baselines, config: RunConfig, *, heldout: dict[str, bytes])
 
 
 def _add_media(found: Baselines, config: RunConfig, *, modality: str, heldout: dict[str, np.ndarray]) -> None:
-    sources = _paired_sources(config, modality=modality)
+    sources = media_sources(config.data, modality)
     train = [latent for name in sources for latent in _train_latents(config, name, modality=modality)]
     if not heldout or not train:
         return

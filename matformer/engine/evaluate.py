@@ -90,10 +90,23 @@ def evaluate(host: Host, config: RunConfig, *, full: bool, rivals: Baselines | N
 
 def text_by_document(host: Host, config: RunConfig) -> dict[str, tuple[float, float]]:
     """Key of each held-out text document of eval.text_bytes -> its bits and its bytes. Collective."""
-    asked = config.eval.model_copy(update={"media_spans": 0})
-    table = dict(_tables(config.model_copy(update={"eval": asked})))["text"]
-    bits, sizes, times = _scored(table, document_sums(host, [table])[0], part="text", config=config)
-    pairs = zip((bits / times).tolist(), (sizes / times).tolist(), strict=True)
+    return _by_document(host, config, part="text", without={"media_spans": 0})
+
+
+def media_by_document(host: Host, config: RunConfig, *, modality: str) -> dict[str, tuple[float, float]]:
+    """Key of each held-out document of eval.media_spans of a modality -> its squared errors and its scalars, means over
+    the levels of noise. The noise hangs on the key alone, whatever else the document holds. Collective.
+    """
+    return _by_document(host, config, part=modality, without={"text_bytes": 0})
+
+
+def _by_document(
+    host: Host, config: RunConfig, *, part: str, without: dict[str, int]
+) -> dict[str, tuple[float, float]]:
+    asked = config.eval.model_copy(update=without)
+    table = next(table for name, table in _tables(config.model_copy(update={"eval": asked})) if name == part)
+    losses, sizes, times = _scored(table, document_sums(host, [table])[0], part=part, config=config)
+    pairs = zip((losses / times).tolist(), (sizes / times).tolist(), strict=True)
     return dict(zip(table.keys, pairs, strict=True))
 
 

@@ -128,7 +128,7 @@ class _Gallery:
     def _heldout(self, form: str, direction: Literal["generate", "given"] | None) -> Iterator[Shown]:
         """Held-out documents of all sources of a form, each source in evaluation's shuffled order."""
         for name, declared in self.config.data.sources.items():
-            if declared.form == form:
+            if declared.form == form and declared.shows == "both":
                 source = open_source(name, data=self.config.data, model=self.config.model, split="heldout")
                 order = Permutation(len(source), 0, "heldout", name)
                 for number in range(len(source)):

@@ -20,7 +20,7 @@ from matformer.data.mixture import BadSamples, Mixture
 from matformer.data.packing import document_positions
 from matformer.data.patching import StaticPatcher, text_symbols
 from matformer.data.shards import ShardWriter
-from matformer.data.sources import MediaSpan, Stream, TextSpan, open_source
+from matformer.data.sources import MediaSpan, Stream, TextSpan, media_sources, open_source
 from matformer.errors import ConfigError, DataError, ParcelError
 from matformer.parallel.seeds import generator
 from matformer.parcels import Batch, Kind
@@ -334,6 +334,25 @@ def test_pairs_are_normalised_and_drawn_by_the_config(root: Path) -> None:
     english = seen[("generate", b"a picture")] + seen[("given", b"a picture")]
     assert 240 < generated < 320
     assert 160 < english < 240
+
+
+def test_a_pair_can_show_one_side_alone(root: Path) -> None:
+    sides = {"words": ("caption", None), "pictures": ("medium", "image")}
+    sources = {
+        name: {"path": "images", "form": "pairs", "shows": shows, "modality": modality, "weight": 0.5}
+        for name, (shows, modality) in sides.items()
+    }
+    run = config(root, sources=sources)
+    words, pictures = (open_source(name, data=run.data, model=run.model, split="train") for name in sides)
+    assert [span.data for span in words.pick(3).spans if isinstance(span, TextSpan)] in ([b"a picture"], [b"un quadro"])
+    assert len(words.pick(3).spans) == 1
+    (span,) = pictures.pick(3, direction="generate").spans
+    assert isinstance(span, MediaSpan) and span.modality == "image" and span.role == "generate"
+    assert media_sources(run.data, "image") == ["pictures"]
+    loader = Loader(run, prefetch=False)
+    batches = [batch for step in range(4) for batch in loader.next_global_batch(step)]
+    assert sum(batch.num_bytes for batch in batches) > 0
+    assert sum(len(batch.media["image"].noised_row_Q) for batch in batches) > 0
 
 
 def test_stored_patches_are_used_only_if_the_patcher_is_the_same(root: Path, tmp_path: Path) -> None:
