@@ -108,10 +108,9 @@ class LatentCoda(Coda[MediaUnits]):
 
     def _branches(self, units: MediaUnits) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
         """Each norm with what stands behind it, in their order."""
-        if self.kind == "dit":
-            view = self.neighbours.view(units)
+        view = self.neighbours.view(units) if self.kind == "dit" else None
         for layer, (norm, block) in enumerate(zip(self.norms, self.blocks, strict=True)):
-            if self.kind == "dit":
+            if view is not None:
                 yield self.attention_norms[layer], partial(self.attentions[layer], view=view)
             yield norm, block
 

@@ -35,7 +35,9 @@ def denoise_by_dpm(
 
 def _scheduler(objective: MediaObjective, *, first_log_snr: float) -> Any:  # noqa: ANN401 - diffusers has no types
     try:
-        from diffusers import DPMSolverMultistepScheduler  # noqa: PLC0415  optional: the extra `media`
+        from diffusers.schedulers.scheduling_dpmsolver_multistep import (  # noqa: PLC0415  optional: the extra `media`
+            DPMSolverMultistepScheduler,
+        )
     except ImportError as error:
         raise ConfigError(
             f"--solver dpm needs diffusers, got {error}; install it with `pip install matformer[media]`, or choose "
