@@ -1,5 +1,6 @@
 # make demo    sets up, prepares data, trains the demo, writes runs/demo/report.html
-# make test    sets up, passes the tests
+# make test    sets up, passes the tests; make test-slow: those of more than 20 seconds (minutes in all)
+# make oracle  what the real modules learn of a mixture of Gaussians: docs/results/gaussian_mixture.md (some CPU minutes)
 # make check   style, types, the rule of imports
 # make ablation-text   ways to hand text to the model, against each other: docs/results/text_frontends.md (some CPU hours)
 # make env     sets up alone: one virtual environment, .venv
@@ -15,7 +16,7 @@ STAMP := .venv/.installed
 LOCK := $(shell command -v flock >/dev/null 2>&1 && echo flock .env.lock)
 FITS := import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
-.PHONY: env demo test check ablation-text clean
+.PHONY: env demo test test-slow oracle check ablation-text clean
 
 env:
 	@$(LOCK) $(MAKE) --silent --no-print-directory $(STAMP)
@@ -38,7 +39,13 @@ demo: env
 	bash slurm/pretrain.sh
 
 test: env
-	$(BIN)/python -m pytest tests -q
+	$(BIN)/python -m pytest tests -q -m "not slow"
+
+test-slow: env
+	$(BIN)/python -m pytest tests -q -m slow
+
+oracle: env
+	$(BIN)/python tools/oracle/gaussian_mixture.py --json
 
 check: env
 	$(BIN)/ruff check

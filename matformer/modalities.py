@@ -17,11 +17,6 @@ from matformer.preludio.token import TokenPreludio
 MAX_PATCH = 256  # rows of the place-in-patch table; data.patcher.max_patch_bytes may not exceed it
 
 
-def patch_scalars(media: MediaConfig) -> int:
-    """F: scalars of one patch."""
-    return media.channels * media.patch**media.rank
-
-
 def patch_variance(media: MediaConfig) -> list[float]:
     """Variance of each scalar of a patch, in the order of `patchify`: 1 unless the config knows better."""
     known = media.channel_variance if media.precondition == "channel" else None
@@ -98,9 +93,10 @@ def build_preludi(model: ModelConfig) -> dict[str, TextPreludio | TokenPreludio 
             atto_width=model.atto.width,
             num_buckets=len(media.buckets),
             places=places_of_axes(media),
-            objective=media.objective,
+            objective=media.prediction,
             scaled=media.precondition != "none",
-            time_conditioning=media.time_conditioning,
+            time_conditioning="none" if media.causal else media.time_conditioning,
+            causal=media.causal,
             cells=_cells(media),
             unet_width=media.unet_width,
         )
@@ -122,7 +118,7 @@ def build_code(model: ModelConfig) -> dict[str, TextCoda | TokenCoda | LatentCod
             cells=_cells(media),
             unet_width=media.unet_width,
             places=places_of_axes(media),
-            objective=media.objective,
+            objective=media.prediction,
             scaled=media.precondition != "none",
             time_conditioning=media.time_conditioning,
         )

@@ -116,10 +116,10 @@ class Matformer(nn.Module):
         nats, document = self._text_nats(latent_LH, batch.text, text_input_UD)
         sums: Sums = {"text": segment_sum(nats, document, num_segments=batch.num_documents)}
         for name in self.model_config.media:
-            units, objective = batch.media[name], self.model_config.media[name].objective
+            units, objective = batch.media[name], self.model_config.media[name].prediction
             span_Q = units.span_N[units.noised_row_Q]
             errors = squared_error(self.code[name](latent_LH, units), units, objective=objective)
-            errors = errors * units.weight_J[span_Q]
+            errors = errors * units.weight_T[units.time_of_Q]
             sums[name] = segment_sum(errors, units.document_J[span_Q], num_segments=batch.num_documents)
         return sums | self._routed(latent_LH, batch)
 

@@ -86,30 +86,34 @@ class TextUnits:
 class MediaUnits:
     """All spans of one latent modality in a microbatch. Rows N run over the patches of every span once.
 
-    value: the clean patches x, normalised; noise: epsilon (zeros where the span is only given).
-    place: each patch's t, y, x in its span's grid of patches (0 on axes that the modality lacks).
-    time: t of each span's noised copy (1 is noise), 0 where the span has none.
-    noised_row / noised_slot: row in N and flat position b * S + s of every noised position; clean_*: likewise.
+    value: the clean patches x, normalised. place: each patch's t, y, x in its span's grid of patches (0 on axes that
+    the modality lacks).
+    noised_row: row in N of every noised patch; noised_slot: flat position b * S + s of the latent that decodes it;
+    noise: its epsilon; time_of: which of the times T is its own (1 is noise). clean_*: row and slot of clean copies.
+    T are the spans J (a span that is only given has t = 0), and a noised patch stands at its slot.
+    Under `next_latent` no noised patch stands in the sequence: its slot is the position before its clean one, every
+    patch of a generated span is noised several times, and T are the noised patches.
     header_slot, closing_slot: flat positions of each span's header and closing; bucket: its shape bucket.
-    weight: of each span's squared errors in the loss; 1 in held-out batches.
+    weight: of the squared errors at each time in the loss; 1 in held-out batches.
     time_span / time_slot: span and flat position of each position that holds nothing but t (conditioning `token`).
     What is predicted of a noised row is noise - value under `flow`; `layers/noise_levels.py` has the others.
     """
 
     value_NF: Float[Tensor, "N F"]
-    noise_NF: Float[Tensor, "N F"]
     place_NX: Int[Tensor, "N 3"]
     span_N: Int[Tensor, " N"]
-    time_J: Float[Tensor, " J"]
     bucket_J: Int[Tensor, " J"]
     header_slot_J: Int[Tensor, " J"]
     closing_slot_J: Int[Tensor, " J"]
     document_J: Int[Tensor, " J"]
     noised_row_Q: Int[Tensor, " Qn"]
     noised_slot_Q: Int[Tensor, " Qn"]
+    noise_QF: Float[Tensor, "Qn F"]
+    time_of_Q: Int[Tensor, " Qn"]
+    time_T: Float[Tensor, " T"]
+    weight_T: Float[Tensor, " T"]
     clean_row_Q: Int[Tensor, " Qc"]
     clean_slot_Q: Int[Tensor, " Qc"]
-    weight_J: Float[Tensor, " J"]
     time_span_Q: Int[Tensor, " Qt"]
     time_slot_Q: Int[Tensor, " Qt"]
 

@@ -58,7 +58,10 @@ class Material:
     def loss_of(self, modality: str) -> str:
         """Key of a modality's loss, by its objective."""
         media = self.config.get("model", {}).get("media", {}).get(modality, {})
-        return f"{modality}/{media.get('objective', 'flow')}_loss"
+        objective = media.get("objective", "flow")
+        if objective == "next_latent":
+            objective = f"next_latent_{media['next_latent']['predicts']}"
+        return f"{modality}/{objective}_loss"
 
     def points(self, key: str) -> tuple[list[float], list[float]]:
         """(steps, values) of one key, where it has a finite value."""

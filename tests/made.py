@@ -122,15 +122,17 @@ def mixed_documents() -> list[Document]:
     ]
 
 
-def one_a_row(documents: Sequence[Document], *, length: int = LENGTH, time: float = 0.4) -> Batch:
+def one_a_row(
+    documents: Sequence[Document], *, length: int = LENGTH, time: float = 0.4, model: ModelConfig = MODEL
+) -> Batch:
     """Each document alone in a row, padded; noise drawn from the document's key."""
-    return with_noise(build_batch(documents, model=MODEL, sequence_latents=length), time=time, seed=0, index=0)
+    return with_noise(build_batch(documents, model=model, sequence_latents=length), time=time, seed=0, index=0)
 
 
-def packed(rows: Sequence[Sequence[Document]], *, length: int, time: float = 0.4) -> Batch:
+def packed(rows: Sequence[Sequence[Document]], *, length: int, time: float = 0.4, model: ModelConfig = MODEL) -> Batch:
     """Whole documents, several a row; noise drawn from the document's key."""
     pieces = [[Piece(document, Place(), Place(len(document.spans))) for document in row] for row in rows]
-    batch = pack_batch(pieces, [draw_zeros] * len(rows), model=MODEL, sequence_latents=length)
+    batch = pack_batch(pieces, [draw_zeros] * len(rows), model=model, sequence_latents=length)
     return with_noise(batch, time=time, seed=0, index=0)
 
 

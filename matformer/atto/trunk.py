@@ -39,11 +39,11 @@ def position_times(batch: Batch, modalities: Sequence[str]) -> PositionTimes | N
     if not modalities:
         return None
     units = [batch.media[name] for name in modalities]
-    times = torch.cat([units[0].time_J.new_zeros(1), *(one.time_J for one in units)])
+    times = torch.cat([units[0].time_T.new_zeros(1), *(one.time_T for one in units)])
     index = torch.zeros_like(batch.grid.kind_BS).flatten()
     first = 2  # 1: clean
     for one in units:
         index = index.index_fill(0, one.clean_slot_Q, 1)
-        index = index.index_copy(0, one.noised_slot_Q, first + one.span_N[one.noised_row_Q])
-        first += len(one.time_J)
+        index = index.index_copy(0, one.noised_slot_Q, first + one.time_of_Q)
+        first += len(one.time_T)
     return PositionTimes(times, index.view_as(batch.grid.kind_BS))

@@ -102,7 +102,7 @@ class LatentCoda(Coda[MediaUnits]):
         if self.cells is None:
             return self.velocity(x)
         row = units.noised_row_Q
-        place, count = units.place_NX[row], len(units.time_J)
+        place, count = units.place_NX[row], len(units.bucket_J)
         on = canvases(units.span_N[row], place, count=count, shape=self.cells, dtype=x.dtype)
         return self.up(x, patch_QF, on)
 
@@ -117,13 +117,13 @@ class LatentCoda(Coda[MediaUnits]):
 
     def _plain(self, x: Float[Tensor, "Qn D"], units: MediaUnits) -> Float[Tensor, "Qn D"]:
         if self.entrance == "added":
-            x = x + self.time(units.time_J).index_select(0, units.span_N[units.noised_row_Q])
+            x = x + self.time(units.time_T).index_select(0, units.time_of_Q)
         for norm, branch in self._branches(units):
             x = x + branch(norm(x))
         return self.output_norm(x)
 
     def _modulated(self, x: Float[Tensor, "Qn D"], units: MediaUnits) -> Float[Tensor, "Qn D"]:
-        *parts, shift, scale = self.time(units.time_J).index_select(0, units.span_N[units.noised_row_Q]).unbind(1)
+        *parts, shift, scale = self.time(units.time_T).index_select(0, units.time_of_Q).unbind(1)
         for number, (norm, branch) in enumerate(self._branches(units)):
             branch_shift, branch_scale, gate = parts[3 * number : 3 * number + 3]
             x = x + gate * branch(modulate(norm(x), shift=branch_shift, scale=branch_scale))

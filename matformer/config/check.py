@@ -7,7 +7,7 @@ import math
 import re
 from pathlib import PurePath
 
-from matformer.config.schema import MediaConfig, RunConfig
+from matformer.config.schema import MediaConfig, NextLatentConfig, RunConfig
 from matformer.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -178,9 +178,9 @@ def check_loss_weighting(config: RunConfig) -> None:
     """SD3's weight is a function of the straight path's t."""
     for name, media in config.model.media.items():
         _must(
-            media.loss_weighting != "cosmap" or media.objective == "flow",
-            f"model.media.{name}.loss_weighting must be none or min_snr for model.media.{name}.objective "
-            f"{media.objective}, got {media.loss_weighting}; change model.media.{name}.loss_weighting",
+            media.loss_weighting != "cosmap" or media.prediction == "flow",
+            f"model.media.{name}.loss_weighting must be none or min_snr where the Coda predicts {media.prediction}, "
+            f"got {media.loss_weighting}; change model.media.{name}.loss_weighting",
         )
 
 
@@ -192,12 +192,36 @@ def check_coda_heads(config: RunConfig) -> None:
             _divides(2 * media.coda_heads, media.coda_width, f"twice {heads}", width)
 
 
+def check_next_latent(config: RunConfig) -> None:
+    """No noised patch stands in the sequence: nothing there could be told its time."""
+    for name, media in config.model.media.items():
+        _must(
+            not media.causal or media.time_conditioning not in ("token", "adaln_atto"),
+            f"model.media.{name}.time_conditioning must be none, add or adaln_preludio_coda for objective next_latent "
+            f"(the Atto sees no noised patch), got {media.time_conditioning}; change "
+            f"model.media.{name}.time_conditioning or model.media.{name}.objective",
+        )
+        _must(
+            not media.causal or (media.coda != "dit" and media.unet_width == 0),
+            f"model.media.{name}.coda must be linear or mlp and unet_width 0 for objective next_latent (no patch may "
+            f"see later ones), got {media.coda} and {media.unet_width}; change model.media.{name}.coda, "
+            f"model.media.{name}.unet_width or model.media.{name}.objective",
+        )
+        if not media.causal and media.next_latent != NextLatentConfig():
+            log.warning(
+                "model.media.%s.next_latent has no effect under objective %s; set model.media.%s.objective",
+                name,
+                media.objective,
+                name,
+            )
+
+
 def check_sequence(config: RunConfig) -> None:
     """A media span is never cut: start, header, both copies and closing of the largest fit in a sequence."""
-    copies = 2 if config.model.media_context == "clean_copy" else 1
     for name, media in config.model.media.items():
         largest = max(media.buckets, key=math.prod)
         patches, token = math.prod(cells // media.patch for cells in largest), media.time_conditioning == "token"
+        copies = config.model.most_copies(media)
         needed = copies * patches + 3 + token
         what = ("two copies" if copies == 2 else "one copy") + f" of {patches} patches"
         _must(
@@ -334,6 +358,7 @@ RULES = (
     check_media_buckets,
     check_loss_weighting,
     check_coda_heads,
+    check_next_latent,
     check_sequence,
     check_sources,
     check_degrees,

@@ -11,6 +11,7 @@ Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Ratio = Annotated[float, Field(ge=0.0)]
 MediaObjective = Literal["flow", "ddpm_eps", "ddpm_v"]
+"""What a Coda of latents predicts, and the path between clean and noise that goes with it."""
 TimeConditioning = Literal["none", "add", "token", "adaln_preludio_coda", "adaln_atto"]
 TimeSampler = Literal["uniform", "logit_normal", "mode"]
 LossWeighting = Literal["none", "min_snr", "cosmap"]
@@ -83,6 +84,13 @@ class TextConfig(Section):
     ngram_gain: float = Field(default=8.0, gt=0.0, description="on what the tables give: they start at zero")
 
 
+class NextLatentConfig(Section):
+    """Of objective `next_latent`."""
+
+    predicts: MediaObjective = Field(default="flow", description="what the Coda predicts of each noised patch")
+    noises: Positive = Field(default=4, description="K, noises of each patch of a generated span, each with its own t")
+
+
 class MediaConfig(Section):
     """A latent modality: any grid of VAE latents."""
 
@@ -114,10 +122,12 @@ class MediaConfig(Section):
         default="channel",
         description="scales around the network: by each channel's variance, as if all were 1, or no scales at all",
     )
-    objective: MediaObjective = Field(
+    objective: MediaObjective | Literal["next_latent"] = Field(
         default="flow",
-        description="what the Coda predicts: velocity on the straight path; epsilon or v on DDPM's cosine schedule",
+        description="what the Coda predicts: velocity on the straight path; epsilon or v on DDPM's cosine schedule; or "
+        "(LatentLM) patch after patch, each denoised from the latent of the position before it",
     )
+    next_latent: NextLatentConfig = NextLatentConfig()
     loss_weighting: LossWeighting = Field(
         default="none", description="of a span's squared errors by its t; cosmap is for objective flow"
     )
@@ -125,8 +135,24 @@ class MediaConfig(Section):
     time_conditioning: TimeConditioning = Field(
         default="add",
         description="how the network is told t: a vector added in Preludio and Coda, a position at the head of the "
-        "noised span, AdaLN in Preludio and Coda, or AdaLN in the Atto's layers at this modality's patches",
+        "noised span, AdaLN in Preludio and Coda, or AdaLN in the Atto's layers at this modality's patches; under "
+        "objective next_latent the Coda alone is told",
     )
+
+    @property
+    def causal(self) -> bool:
+        """Whether its patches stand in the sequence once, clean, each seeing those before it."""
+        return self.objective == "next_latent"
+
+    @property
+    def prediction(self) -> MediaObjective:
+        """What the Coda predicts of a noised patch."""
+        return self.next_latent.predicts if self.objective == "next_latent" else self.objective
+
+    @property
+    def patch_scalars(self) -> int:
+        """F: scalars of one patch."""
+        return self.channels * self.patch**self.rank
 
 
 class RouterConfig(Section):
@@ -151,6 +177,10 @@ class ModelConfig(Section):
     def diffuses_text(self) -> bool:
         """Whether text is learned by filling in what is masked, both ways."""
         return self.text.objective != "ar"
+
+    def most_copies(self, media: MediaConfig) -> int:
+        """How often the patches of one of its spans stand in the sequence at most."""
+        return 1 if media.causal or self.media_context == "noised" else 2
 
     @property
     def modalities(self) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from matformer.data.text_rows import Mask, PaddedText, TextRows, joined, mask_at
 from matformer.errors import ParcelError
 from matformer.layers.noise_levels import loss_weights, on_index
 from matformer.layers.patchify import patchify
-from matformer.parallel.seeds import draw_time, generator
+from matformer.parallel.seeds import draw_time, draw_times, generator
 from matformer.parcels import Batch, Grid, Kind, MediaUnits, RouterUnits
 from matformer.shapes import NUM_AXES
 
@@ -43,15 +43,19 @@ class Piece:
 
 
 class Noise(NamedTuple):
-    """What is drawn for a generated span: without its condition or not, t, and epsilon [N, F]."""
+    """What is drawn for a generated span: without its condition or not, t, and epsilon [N, F].
+
+    Under `next_latent` t is [K, N] and epsilon [K, N, F]: K noises of each latent.
+    """
 
     blind: bool
-    time: float
+    time: float | np.ndarray
     epsilon: np.ndarray
 
 
 DrawMask = Callable[[str, int, int], Mask]  # (document key, span of the sequence, symbols) -> Mask
-DrawNoise = Callable[[str, int, tuple[int, int]], Noise]  # (document key, span of the sequence, (N, F)) -> Noise
+# (document key, span of the sequence, shape of epsilon) -> Noise; its K may be less than what is asked for
+DrawNoise = Callable[[str, int, tuple[int, ...]], Noise]
 
 
 def num_patches(span: MediaSpan, *, model: ModelConfig) -> int:
@@ -68,6 +72,15 @@ def has_clean_copy(document: Document, span: int, *, model: ModelConfig) -> bool
     return media.role == "given" or (followed and model.media_context == "clean_copy")
 
 
+def num_copies(document: Document, span: int, *, model: ModelConfig) -> int:
+    """How often the patches of media span number `span` stand in the sequence; once under `next_latent`."""
+    media = document.spans[span]
+    assert isinstance(media, MediaSpan)
+    if model.media[media.modality].causal:
+        return 1
+    return (media.role == "generate") + has_clean_copy(document, span, model=model)
+
+
 def time_positions(media: MediaConfig) -> int:
     """Positions at the head of a noised span that hold nothing but its t."""
     return int(media.time_conditioning == "token")
@@ -79,9 +92,8 @@ def span_positions(document: Document, span: int, *, model: ModelConfig, first: 
     if isinstance(part, TextSpan):
         patches, followed = len(part.patch_lengths) - first, span + 1 < len(document.spans)
         return text_positions(patches, model.text, given=max(0, part.given - first), followed=followed)
-    generated = part.role == "generate"
-    copies = generated + has_clean_copy(document, span, model=model)
-    return 2 + copies * num_patches(part, model=model) + generated * time_positions(model.media[part.modality])
+    told = time_positions(model.media[part.modality]) if part.role == "generate" else 0
+    return 2 + num_copies(document, span, model=model) * num_patches(part, model=model) + told
 
 
 def document_positions(document: Document, *, model: ModelConfig) -> int:
@@ -91,9 +103,8 @@ def document_positions(document: Document, *, model: ModelConfig) -> int:
 
 def largest_span(model: ModelConfig) -> int:
     """Positions of the largest media span with all its copies, and a start before it."""
-    copies = 2 if model.media_context == "clean_copy" else 1
     sizes = [
-        copies * math.prod(size // media.patch for size in bucket) + time_positions(media)
+        model.most_copies(media) * math.prod(size // media.patch for size in bucket) + time_positions(media)
         for media in model.media.values()
         for bucket in media.buckets
     ]
@@ -138,10 +149,13 @@ def draw_training_noise(
 ) -> DrawNoise:
     """Noise keyed by (seed, step, lane, span of the sequence): the same on every rank and after every restart."""
 
-    def draw(key: str, span: int, shape: tuple[int, int]) -> Noise:
+    def draw(key: str, span: int, shape: tuple[int, ...]) -> Noise:
         draws = generator(seed, "noise", step, lane, span)
         blind = bool(draws.random() < blind_probability)
-        time = draw_time(draws, sampler=time_sampler, shift=time_shift)
+        if len(shape) == 2:
+            time = draw_time(draws, sampler=time_sampler, shift=time_shift)
+        else:
+            time = draw_times(draws, shape[:-1], sampler=time_sampler, shift=time_shift)
         return Noise(blind, time, draws.standard_normal(shape, dtype=np.float32))
 
     return draw
@@ -166,9 +180,11 @@ def draw_no_masks(key: str, span: int, size: int) -> Mask:
     return Mask(np.zeros(size, bool), 0.0)
 
 
-def draw_zeros(key: str, span: int, shape: tuple[int, int]) -> Noise:
-    """No noise at t = 0: for callers that put in their own."""
-    return Noise(False, 0.0, np.zeros(shape, np.float32))
+def draw_zeros(key: str, span: int, shape: tuple[int, ...]) -> Noise:
+    """No noise at t = 0, once for each latent: for callers that put in their own."""
+    if len(shape) == 2:
+        return Noise(False, 0.0, np.zeros(shape, np.float32))
+    return Noise(False, np.zeros((1, shape[1])), np.zeros((1, *shape[1:]), np.float32))
 
 
 def pack_batch(
@@ -202,7 +218,7 @@ def build_batch(
     question after it. Raises ParcelError if a document does not fit.
     """
 
-    def draw(key: str, span: int, shape: tuple[int, int]) -> Noise:
+    def draw(key: str, span: int, shape: tuple[int, ...]) -> Noise:
         return draw_zeros(key, span, shape)._replace(blind=blind)
 
     rows = [[Piece(document, Place(), Place(len(document.spans)))] for document in documents]
@@ -212,26 +228,25 @@ def build_batch(
 def with_noise(batch: Batch, *, time: float, seed: int, index: int) -> Batch:
     """The same batch with t = `time` in all generated spans and epsilon drawn from (document key, k-th span of the
     modality in the document, index): independent of packing, as long as no document is cut between two batches.
-    Errors weigh the same at every t.
+    Errors weigh the same at every t. Of a batch whose latents have one noise each (see `draw_zeros`).
     """
     media = {}
     for name, units in batch.media.items():
-        generated = torch.zeros(len(units.time_J), dtype=torch.bool)
-        generated[units.span_N[units.noised_row_Q]] = True
-        noise = torch.zeros_like(units.noise_NF)
+        span_Q = units.span_N[units.noised_row_Q]
+        noise = torch.zeros_like(units.noise_QF)
         seen: dict[int, int] = {}
         for span, document in enumerate(units.document_J.tolist()):
             number = seen[document] = seen.get(document, -1) + 1
-            rows = units.span_N == span
-            if generated[span]:
+            rows = span_Q == span
+            if rows.any():
                 draws = generator(seed, "heldout", batch.document_keys[document], name, number, index)
                 shape = (int(rows.sum()), noise.shape[1])
                 noise[rows] = torch.from_numpy(draws.standard_normal(shape, dtype=np.float32))
         media[name] = replace(
             units,
-            noise_NF=noise,
-            time_J=torch.where(generated, time, 0.0),
-            weight_J=torch.ones_like(units.weight_J),
+            noise_QF=noise,
+            time_T=torch.zeros_like(units.time_T).index_fill(0, units.time_of_Q, time),
+            weight_T=torch.ones_like(units.weight_T),
         )
     return replace(batch, media=media)
 
@@ -239,15 +254,16 @@ def with_noise(batch: Batch, *, time: float, seed: int, index: int) -> Batch:
 @dataclass(slots=True)
 class _Media:
     values: list[Tensor] = field(default_factory=list)
-    noises: list[np.ndarray] = field(default_factory=list)
+    noises: list[np.ndarray] = field(default_factory=list)  # of noised patches alone
     places: list[np.ndarray] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
+    time_of: list[np.ndarray] = field(default_factory=list)  # of noised patches alone
     buckets: list[int] = field(default_factory=list)
     headers: list[int] = field(default_factory=list)
     closings: list[int] = field(default_factory=list)
     documents: list[int] = field(default_factory=list)
-    noised: list[tuple[int, int]] = field(default_factory=list)  # (first row, first slot) of each noised copy
+    noised: list[tuple[int, int]] = field(default_factory=list)  # (first row, first slot that decodes) of each copy
     clean: list[tuple[int, int]] = field(default_factory=list)
     time_slots: list[tuple[int, int]] = field(default_factory=list)  # (span, slot) of each position of `token`
     noised_sizes: list[int] = field(default_factory=list)
@@ -381,33 +397,20 @@ class _Builder:
         config, units = self.model.media[part.modality], self.media[part.modality]
         value = patchify(torch.from_numpy(part.latent), rank=config.rank, patch=config.patch)
         rows = len(value)
-        generated = part.role == "generate"
-        noise = self.draw(piece.document.key, self.spans, (rows, value.shape[1])) if generated else None
-        places = patch_places(part.latent.shape[1:], patch=self.model.media[part.modality].patch)
+        places = patch_places(part.latent.shape[1:], patch=config.patch)
         begin = self.at
         header = self._take(1, Kind.HEADER)
         self.axes[self.row, header, 0] = self._tick(1)
-        shared = self._tick(1)
-        if noise is not None:
-            if time_positions(config):
-                told = self._copy(np.zeros((1, NUM_AXES - 1), np.int64), shared, kind=Kind.NOISED)
-                units.time_slots.append((len(units.sizes), self._slot(told.start)))
-            copy = self._copy(places, shared, kind=Kind.NOISED)
-            self.blind[self.row, begin : self.at] = noise.blind
-            units.noised.append((units.rows, self._slot(copy.start)))
-            units.noised_sizes.append(rows)
-        if has_clean_copy(piece.document, span, model=self.model):
-            copy = self._copy(places, shared, kind=Kind.CLEAN)
-            units.clean.append((units.rows, self._slot(copy.start)))
-            units.clean_sizes.append(rows)
+        if config.causal:
+            self._causal_patches(piece, span, places, header=self._slot(header.start))
+        else:
+            self._copies(piece, span, places, begin=begin)
         closing = self._take(1, Kind.CLOSING)
         self.axes[self.row, closing, 0] = self._tick(1)
         self.modality[self.row, begin : self.at] = self.index[part.modality]
         self.media_number[self.row, begin : self.at] = self.spans
         units.values.append(value)
         units.places.append(places)
-        units.noises.append(noise.epsilon if noise else np.zeros(tuple(value.shape), np.float32))
-        units.times.append(self._time(piece.document, span, noise.time) if noise else 0.0)
         units.sizes.append(rows)
         units.buckets.append(part.bucket)
         units.headers.append(self._slot(header.start))
@@ -419,6 +422,55 @@ class _Builder:
             target, bucket = self._what_comes(piece, span + 1)
             self._ask(closing.start, target, rule=OPEN, span_end=True, bucket=bucket)
 
+    def _copies(self, piece: Piece, span: int, places: np.ndarray, *, begin: int) -> None:
+        """The noised copy of a generated span (its header stands at `begin`), and the clean one where there is one."""
+        part, shared = piece.document.spans[span], self._tick(1)
+        assert isinstance(part, MediaSpan)
+        config, units, rows = self.model.media[part.modality], self.media[part.modality], len(places)
+        time = 0.0
+        if part.role == "generate":
+            noise = self.draw(piece.document.key, self.spans, (rows, config.patch_scalars))
+            time = self._time(piece.document, span, float(noise.time))
+            if time_positions(config):
+                told = self._copy(np.zeros((1, NUM_AXES - 1), np.int64), shared, kind=Kind.NOISED)
+                units.time_slots.append((len(units.times), self._slot(told.start)))
+            copy = self._copy(places, shared, kind=Kind.NOISED)
+            self.blind[self.row, begin : self.at] = noise.blind
+            units.noised.append((units.rows, self._slot(copy.start)))
+            units.noised_sizes.append(rows)
+            units.noises.append(noise.epsilon)
+            units.time_of.append(np.full(rows, len(units.times)))
+        units.times.append(time)
+        if has_clean_copy(piece.document, span, model=self.model):
+            copy = self._copy(places, shared, kind=Kind.CLEAN)
+            units.clean.append((units.rows, self._slot(copy.start)))
+            units.clean_sizes.append(rows)
+
+    def _causal_patches(self, piece: Piece, span: int, places: np.ndarray, *, header: int) -> None:
+        """The patches of a span once, clean and causal, behind their header at slot `header`.
+
+        Each of a generated span is decoded from the position before it, once for every noise that is drawn for it.
+        """
+        part = piece.document.spans[span]
+        assert isinstance(part, MediaSpan)
+        config, units, rows = self.model.media[part.modality], self.media[part.modality], len(places)
+        where = self._take(rows, Kind.CLEAN)
+        self.axes[self.row, where, 0] = self._tick(1)
+        self.axes[self.row, where, 1:] = places
+        units.clean.append((units.rows, header + 1))
+        units.clean_sizes.append(rows)
+        if part.role == "given":
+            return
+        shape = (config.next_latent.noises, rows, config.patch_scalars)
+        noise = self.draw(piece.document.key, self.spans, shape)
+        self.blind[self.row, where.start - 1 : where.stop] = noise.blind
+        for time_N, epsilon_NF in zip(np.asarray(noise.time), noise.epsilon, strict=True):
+            units.noised.append((units.rows, header))
+            units.noised_sizes.append(rows)
+            units.noises.append(epsilon_NF)
+            units.time_of.append(np.arange(len(units.times), len(units.times) + rows))
+            units.times.extend(_on_path(time, config) for time in time_N.tolist())
+
     def _time(self, document: Document, span: int, drawn: float) -> float:
         """The t of a span: halved where text will read it noised, and on an index under DDPM. 0 stays: it is clean.
 
@@ -428,8 +480,7 @@ class _Builder:
         assert isinstance(part, MediaSpan)
         if self.model.media_context == "noised" and any(isinstance(one, TextSpan) for one in later):
             drawn = drawn / 2
-        straight = self.model.media[part.modality].objective == "flow"
-        return drawn if straight or drawn == 0 else on_index(drawn)
+        return _on_path(drawn, self.model.media[part.modality])
 
     def _copy(self, places: np.ndarray, clock: np.ndarray, *, kind: Kind) -> slice:
         where = self._take(len(places), kind)
@@ -510,30 +561,31 @@ class _Builder:
 
     def _media_parcel(self, name: str) -> MediaUnits:
         units, config = self.media[name], self.model.media[name]
-        features = config.channels * config.patch**config.rank
+        features = config.patch_scalars
         noises = [torch.from_numpy(noise) for noise in units.noises]
         noised_row, noised_slot = _runs(units.noised, units.noised_sizes)
         clean_row, clean_slot = _runs(units.clean, units.clean_sizes)
         times = torch.tensor(units.times, dtype=torch.float32)
         told = torch.tensor(units.time_slots, dtype=torch.int64).view(-1, 2)
         weights = loss_weights(
-            times, objective=config.objective, weighting=config.loss_weighting, gamma=config.min_snr_gamma
+            times, objective=config.prediction, weighting=config.loss_weighting, gamma=config.min_snr_gamma
         )
         return MediaUnits(
             value_NF=torch.cat(units.values) if units.values else torch.zeros(0, features),
-            noise_NF=torch.cat(noises) if noises else torch.zeros(0, features),
             place_NX=torch.from_numpy(np.concatenate([np.zeros((0, 3), np.int64), *units.places])),
             span_N=torch.from_numpy(np.repeat(np.arange(len(units.sizes)), units.sizes)),
-            time_J=times,
             bucket_J=torch.tensor(units.buckets, dtype=torch.int64),
             header_slot_J=torch.tensor(units.headers, dtype=torch.int64),
             closing_slot_J=torch.tensor(units.closings, dtype=torch.int64),
             document_J=torch.tensor(units.documents, dtype=torch.int64),
             noised_row_Q=noised_row,
             noised_slot_Q=noised_slot,
+            noise_QF=torch.cat(noises) if noises else torch.zeros(0, features),
+            time_of_Q=joined(units.time_of),
+            time_T=times,
+            weight_T=weights,
             clean_row_Q=clean_row,
             clean_slot_Q=clean_slot,
-            weight_J=weights,
             time_span_Q=told[:, 0],
             time_slot_Q=told[:, 1],
         )
@@ -561,6 +613,11 @@ def patch_places(grid: Sequence[int], *, patch: int) -> Int[np.ndarray, "N 3"]:
     first = 1 if len(patches) == 2 else 0
     places[:, first : first + len(patches)] = np.indices(patches).reshape(len(patches), -1).T
     return places
+
+
+def _on_path(time: float, media: MediaConfig) -> float:
+    """A drawn t as the path has it: on an index under DDPM. 0 stays: it is clean."""
+    return time if media.prediction == "flow" or time == 0 else on_index(time)
 
 
 def _runs(firsts: list[tuple[int, int]], sizes: list[int]) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ def clean_errors(host: Host, config: RunConfig, *, modality: str) -> dict[str, f
     Mean over scalars of (predicted clean x - x)^2 at alpha^2 / sigma^2 = exp(log-SNR), the same noise whatever the
     objective. The prediction of x is linear in what the Coda predicts, so its error is that error times a known factor.
     """
-    objective = config.model.media[modality].objective
+    objective = config.model.media[modality].prediction
     plain = media_batches(config, modality)
     if not any(velocity_scalars(batch, modality)[0].numel() for batch in plain):
         return {}

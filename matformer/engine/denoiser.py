@@ -1,4 +1,4 @@
-"""Media by denoising, from t = 1 to 0. Rows are documents that grow side by side."""
+"""Media by denoising, from t = 1 to 0, a span at once or patch after patch. Rows are documents that grow abreast."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from matformer.engine.draws import Draws, Row, Solver, dice_of, given
 from matformer.errors import ParcelError
 from matformer.layers.noise_levels import levels, time_of_log_snr
 from matformer.layers.patchify import unpatchify
-from matformer.modalities import patch_scalars, patches_of_bucket
+from matformer.modalities import patches_of_bucket
 from matformer.model import Matformer
-from matformer.parcels import Batch
+from matformer.parcels import Batch, MediaUnits
 
 Velocity = Callable[[Tensor, float], Tensor]
 FIRST_LOG_SNR = -8.0
@@ -33,6 +33,7 @@ def draw_media(
 ) -> list[MediaSpan]:
     """One span of `modality` a row, of the shape that `buckets` names, denoised from t = 1 to 0.
 
+    What a row gets does not depend on the rows beside it.
     Raises ParcelError where it does not fit into the sequence.
     """
     media = config.model.media[modality]
@@ -41,12 +42,15 @@ def draw_media(
     batch = denoising_batch(documents, config=config, guided=draws.guidance != 1)
     sizes = [patches_of_bucket(media, bucket) for bucket in buckets]
     noise = [
-        dice_of(draws, row, modality).standard_normal((size, patch_scalars(media)), dtype=np.float32)
+        dice_of(draws, row, modality).standard_normal((size, media.patch_scalars), dtype=np.float32)
         for row, size in zip(rows, sizes, strict=True)
     ]
-    velocity = guided_velocity(model, batch, modality=modality, guidance=draws.guidance)
     start = torch.from_numpy(np.concatenate(noise))
-    x_QF = denoise(velocity, start, steps=draws.steps, solver=draws.solver, objective=media.objective)
+    if media.causal:
+        x_QF = patch_after_patch(model, batch, start, modality=modality, sizes=sizes, draws=draws)
+    else:
+        velocity = guided_velocity(model, batch, modality=modality, guidance=draws.guidance)
+        x_QF = denoise(velocity, start, steps=draws.steps, solver=draws.solver, objective=media.prediction)
     latents = [
         unpatchify(x_NF, grid=media.buckets[bucket], patch=media.patch).numpy()
         for x_NF, bucket in zip(x_QF.split(sizes), buckets, strict=True)
@@ -113,20 +117,74 @@ def denoising_batch(documents: Sequence[Document], *, config: RunConfig, guided:
 def guided_velocity(model: Matformer, batch: Batch, *, modality: str, guidance: float) -> Velocity:
     """y_blind + w (y_cond - y_blind) of the noised rows of a `denoising_batch`, as the velocity that `denoise` takes.
 
-    With w = 1 the batch has no blind rows. What stands as value and as noise alike is x_t / (alpha + sigma): whatever
-    the path, it is x_t at t. The value is read by nobody else, since a span that ends its document has no clean copy.
+    With w = 1 the batch has no blind rows.
     """
-    units, objective = batch.media[modality], model.model_config.media[modality].objective
-    generated = torch.zeros_like(units.time_J).index_fill(0, units.span_N[units.noised_row_Q].unique(), 1.0)
+
+    def predict(now: MediaUnits) -> Tensor:
+        latents = model.latents(replace(batch, media={**batch.media, modality: now}))
+        return model.code[modality](latents.flatten(0, 1), now)
+
+    objective = model.model_config.media[modality].prediction
+    return _velocity(predict, batch.media[modality], objective=objective, guidance=guidance)
+
+
+def patch_after_patch(
+    model: Matformer, batch: Batch, noise_QF: Tensor, *, modality: str, sizes: Sequence[int], draws: Draws
+) -> Tensor:
+    """The patches of `next_latent` spans, `sizes` a row: each denoised from the latent before it, all rows abreast.
+
+    `batch` is a `denoising_batch`. The Atto runs once a patch, over all positions: later ones are seen by none.
+    Source: LatentLM (Sun 2024), section 3.
+    """
+    units, objective = batch.media[modality], model.model_config.media[modality].prediction
+    seeing, copies = len(noise_QF), 1 if draws.guidance == 1 else 2
+    firsts, x_QF = np.cumsum([0, *sizes[:-1]]), torch.empty_like(noise_QF)
+    for patch in range(max(sizes)):
+        turn = torch.tensor([int(first) + patch for first, size in zip(firsts, sizes, strict=True) if patch < size])
+        now = decoded_at(units, torch.cat([turn + seeing * copy for copy in range(copies)]))
+        latent_LH = model.latents(replace(batch, media={**batch.media, modality: units})).flatten(0, 1)
+
+        def predict(noised: MediaUnits, latent_LH: Tensor = latent_LH) -> Tensor:
+            return model.code[modality](latent_LH, noised)
+
+        velocity = _velocity(predict, now, objective=objective, guidance=draws.guidance)
+        made = denoise(velocity, noise_QF[turn], steps=draws.steps, solver=draws.solver, objective=objective)
+        x_QF[turn] = made
+        value_NF = units.value_NF.index_copy(0, now.noised_row_Q, torch.cat((made,) * copies))
+        units = replace(units, value_NF=value_NF)
+    return x_QF
+
+
+def decoded_at(units: MediaUnits, which_Q: Tensor) -> MediaUnits:
+    """The same spans with these noised patches alone, all of one t."""
+    return replace(
+        units,
+        noised_row_Q=units.noised_row_Q[which_Q],
+        noised_slot_Q=units.noised_slot_Q[which_Q],
+        noise_QF=units.noise_QF[which_Q],
+        time_of_Q=torch.zeros_like(which_Q),
+        time_T=units.time_T[:1],
+        weight_T=units.weight_T[:1],
+    )
+
+
+def _velocity(
+    predict: Callable[[MediaUnits], Tensor], units: MediaUnits, *, objective: MediaObjective, guidance: float
+) -> Velocity:
+    """What `predict` says of the noised patches of `units`, guided, as a velocity.
+
+    What stands as value and as noise alike is x_t / (alpha + sigma): whatever the path, it is x_t at t. The value of a
+    noised patch must be read by nobody else: a span that ends its document has no clean copy.
+    """
+    generated = torch.zeros_like(units.time_T).index_fill(0, units.time_of_Q.unique(), 1.0)
     copies = 1 if guidance == 1 else 2
 
     def velocity(x_QF: Tensor, time: float) -> Tensor:
         at = levels(torch.tensor(time, dtype=torch.float32), objective=objective)  # as the network rounds it
         twice = x_QF if objective == "flow" else x_QF / float(at.alpha + at.sigma)
-        value = units.value_NF.index_copy(0, units.noised_row_Q, torch.cat((twice,) * copies))
-        now = replace(units, value_NF=value, noise_NF=value, time_J=time * generated)
-        latents = model.latents(replace(batch, media={**batch.media, modality: now}))
-        found = model.code[modality](latents.flatten(0, 1), now).float()
+        twice_QF = torch.cat((twice,) * copies)
+        value_NF = units.value_NF.index_copy(0, units.noised_row_Q, twice_QF)
+        found = predict(replace(units, value_NF=value_NF, noise_QF=twice_QF, time_T=time * generated)).float()
         if copies == 2:
             seeing, blind = found.chunk(2)
             found = blind + guidance * (seeing - blind)
@@ -138,7 +196,7 @@ def guided_velocity(model: Matformer, batch: Batch, *, modality: str, guidance: 
 
 
 def _no_noise(*, blind: bool) -> DrawNoise:
-    def draw(key: str, span: int, shape: tuple[int, int]) -> Noise:
+    def draw(key: str, span: int, shape: tuple[int, ...]) -> Noise:
         return draw_zeros(key, span, shape)._replace(blind=blind)
 
     return draw

@@ -68,7 +68,7 @@ class HeldOut:
                 continue
             score = _scored(table, sums, part=part, config=self.config)
             flows = part == "text" or self.config.model.media[part].objective == "flow"
-            what = "bits_per_byte" if part == "text" else loss_name(self.config.model.media[part].objective)
+            what = "bits_per_byte" if part == "text" else loss_name(self.config.model.media[part])
             found |= _named(f"heldout/{part}/{what}", *score[:2])
             found |= _below(table, score, part=part, rivals=rivals) if rivals and flows else {}
         if full and self.config.eval.media_spans:

@@ -181,7 +181,7 @@ def run_statistics(config: RunConfig) -> dict[str, Any]:
     filled = kinds[kinds != Kind.PAD]
     shares = torch.bincount(filled, minlength=len(Kind)) / max(len(filled), 1)
     pieces = sum(len(batch.text.piece_U.unique()) for batch in batches)
-    spans = {name: sum(len(batch.media[name].time_J) for batch in batches) for name in config.model.media}
+    spans = {name: sum(len(batch.media[name].bucket_J) for batch in batches) for name in config.model.media}
     documents = sum(int((batch.grid.kind_BS == Kind.START).sum()) for batch in batches)
     return {
         "patches": _patch_statistics(batches),
@@ -222,7 +222,8 @@ def _shares_of_sources(batches: Sequence[Batch]) -> dict[str, float]:
         first[1:] = text.patch_U[1:] != text.patch_U[:-1]
         owners = [text.document_U[first]]
         for units in batch.media.values():
-            rows = torch.cat((units.noised_row_Q, units.clean_row_Q))
+            stands = batch.grid.kind_BS.flatten()[units.noised_slot_Q] == Kind.NOISED  # not so under next_latent
+            rows = torch.cat((units.noised_row_Q[stands], units.clean_row_Q))
             owners += [units.document_J[units.span_N[rows]], units.document_J, units.document_J]
         counts = torch.bincount(torch.cat(owners), minlength=batch.num_documents).tolist()
         for key, count in zip(batch.document_keys, counts, strict=True):

@@ -100,7 +100,7 @@ def metrics_row(numbers: StepNumbers, config: RunConfig) -> dict[str, float]:
         row["text/nats_per_symbol"] = sums["text"] / counts["text"]
     for name, media in config.model.media.items():
         if counts[name]:
-            row[f"{name}/{loss_name(media.objective)}"] = sums[name] / counts[name]
+            row[f"{name}/{loss_name(media)}"] = sums[name] / counts[name]
     row["router/loss"] = sums["router"] / max(counts["router"], 1.0)
     row["router/accuracy"] = sums["router_right"] / max(counts["router"], 1.0)
     if sums["span_ends"]:

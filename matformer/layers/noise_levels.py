@@ -80,22 +80,22 @@ def time_of_log_snr(log_snr: float, *, objective: MediaObjective) -> float:
 
 
 def loss_weights(
-    time_J: Float[Tensor, " J"], *, objective: MediaObjective, weighting: LossWeighting, gamma: float
-) -> Float[Tensor, " J"]:
-    """Weight of the squared errors of a span at each t.
+    time_T: Float[Tensor, " T"], *, objective: MediaObjective, weighting: LossWeighting, gamma: float
+) -> Float[Tensor, " T"]:
+    """Weight of the squared errors at each t.
 
     min_snr: min(SNR, gamma) on the clean x, whatever is predicted (Hang 2023, section 3.4).
     cosmap: 2 / (pi (1 - 2 t + 2 t^2)) (SD3, section 3.1).
     """
     if weighting == "none":
-        return torch.ones_like(time_J)
+        return torch.ones_like(time_T)
     if weighting == "cosmap":
-        return 2 / (math.pi * (1 - 2 * time_J + 2 * time_J.square()))
-    at = levels(time_J.double(), objective=objective)
+        return 2 / (math.pi * (1 - 2 * time_T + 2 * time_T.square()))
+    at = levels(time_T.double(), objective=objective)
     determinant = target(at, objective=objective).determinant
     snr = (at.alpha / at.sigma).square()
     weight = torch.minimum(snr, torch.full_like(snr, gamma)) * (at.sigma / determinant).square()
-    return weight.to(time_J.dtype)
+    return weight.to(time_T.dtype)
 
 
 def _angle(time: Float[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:

@@ -19,13 +19,13 @@ class TimeEmbedding(nn.Module):
         self.first = nn.Linear(2 * NUM_FREQUENCIES, width)
         self.second = nn.Linear(width, width)
 
-    def forward(self, time_J: Float[Tensor, " J"]) -> Float[Tensor, "J H"]:
-        waves = time_waves(time_J).to(self.first.weight.dtype)
+    def forward(self, time_T: Float[Tensor, " T"]) -> Float[Tensor, "T H"]:
+        waves = time_waves(time_T).to(self.first.weight.dtype)
         return self.second(nn.functional.silu(self.first(waves)))
 
 
-def time_waves(time_J: Float[Tensor, " J"]) -> Float[Tensor, "J waves"]:
+def time_waves(time_T: Float[Tensor, " T"]) -> Float[Tensor, "T waves"]:
     """Cosines and sines of 1000 t at frequencies from 1 to about 1 / 10,000."""
-    exponent = torch.arange(NUM_FREQUENCIES, device=time_J.device, dtype=torch.float32) / NUM_FREQUENCIES
-    angle = 1000.0 * time_J.float()[:, None] * torch.exp(-math.log(10_000.0) * exponent)
+    exponent = torch.arange(NUM_FREQUENCIES, device=time_T.device, dtype=torch.float32) / NUM_FREQUENCIES
+    angle = 1000.0 * time_T.float()[:, None] * torch.exp(-math.log(10_000.0) * exponent)
     return torch.cat((angle.cos(), angle.sin()), dim=-1)

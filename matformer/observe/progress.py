@@ -31,7 +31,7 @@ _COLUMNS = (
     _Column("lr", "lr {:.1e}"),
 )
 _RATES = (_Column("bytes_per_second", "{} B/s"), _Column("latents_per_second", "{} lat/s"))
-_MEDIA = re.compile(rf"(.+)/(?:{'|'.join(get_args(MediaObjective))})_loss")
+_MEDIA = re.compile(rf"(.+)/(?:next_latent_)?(?:{'|'.join(get_args(MediaObjective))})_loss")
 
 
 class ProgressLine:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from matformer.config.schema import TimeSampler
 
@@ -64,14 +66,25 @@ def _mixed(x: int) -> int:
 
 def draw_time(generator: np.random.Generator, *, sampler: TimeSampler = "logit_normal", shift: float = 1.0) -> float:
     """Noise level t in (0, 1), 1 is noise: u by the sampler, t = s u / (1 + (s - 1) u)."""
-    if sampler == "logit_normal":
-        u = 1.0 / (1.0 + np.exp(-generator.standard_normal()))
-    else:
-        u = generator.random()
-        u = mode_of(u) if sampler == "mode" else u
-    return float(shift * u / (1.0 + (shift - 1.0) * u))
+    drawn = generator.standard_normal() if sampler == "logit_normal" else generator.random()
+    return float(_time_of(drawn, sampler=sampler, shift=shift))
 
 
-def mode_of(u: float) -> float:
+def draw_times(
+    generator: np.random.Generator, shape: tuple[int, ...], *, sampler: TimeSampler, shift: float
+) -> Float[np.ndarray, ...]:
+    """Noise levels of this shape, each drawn by itself as `draw_time` does."""
+    drawn = generator.standard_normal(shape) if sampler == "logit_normal" else generator.random(shape)
+    return _time_of(drawn, sampler=sampler, shift=shift)
+
+
+def _time_of(drawn: Any, *, sampler: TimeSampler, shift: float) -> Any:
+    """t of a standard normal number (logit_normal) or of a uniform one."""
+    u = 1.0 / (1.0 + np.exp(-drawn)) if sampler == "logit_normal" else drawn
+    u = mode_of(u) if sampler == "mode" else u
+    return shift * u / (1.0 + (shift - 1.0) * u)
+
+
+def mode_of(u: Any) -> Any:
     """A uniform u as a time that lies more often near the middle. Source: SD3 (Esser 2024), section 3.1, scale 1.29."""
     return 1.0 - u - MODE_SCALE * (np.cos(np.pi * u / 2) ** 2 - 1.0 + u)

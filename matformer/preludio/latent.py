@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from matformer.config.schema import MediaObjective, TimeConditioning
 from matformer.layers.cells import CellsDown, CellShape, canvases
-from matformer.layers.flow import noised_rows
+from matformer.layers.flow import clean_alone, noised_rows
 from matformer.layers.modulation import TimeModulation, modulate
 from matformer.layers.place_embedding import PlaceEmbedding
 from matformer.layers.precondition import Precondition
@@ -28,7 +28,8 @@ class LatentPreludio(Preludio[MediaUnits]):
 
     Before the map there may be convolutions over the cells of the span.
     The time is added, or scales and shifts the row (there is no block that a gate could close), or stands as a row of
-    its own at the head of the noised span, or is not told here. The header is an embedding of the shape bucket, the
+    its own at the head of the noised span, or is not told here. `causal` (LatentLM): noised patches do not stand in the
+    sequence, and are left to the Coda. The header is an embedding of the shape bucket, the
     closing one vector: both belong to the modality.
     Sources: BAGEL (time added to the latents); DiT, section 3.2 (patchify); Show-o2 and JanusFlow (time as a position).
     """
@@ -45,9 +46,11 @@ class LatentPreludio(Preludio[MediaUnits]):
         time_conditioning: TimeConditioning = "add",
         cells: CellShape | None = None,
         unet_width: int = 0,
+        causal: bool = False,
     ) -> None:
         super().__init__()
         self.objective: MediaObjective = objective
+        self.causal = causal
         self.entrance = ENTRANCES[time_conditioning].preludio
         self.precondition = Precondition(variance, objective=objective, scaled=scaled)
         self.cells = cells if unet_width else None
@@ -64,6 +67,7 @@ class LatentPreludio(Preludio[MediaUnits]):
         self.closing_embedding = nn.Embedding(1, atto_width)
 
     def forward(self, units: MediaUnits) -> tuple[Float[Tensor, "rows H"], Int[Tensor, " rows"]]:
+        units = clean_alone(units) if self.causal else units
         noised, time_Q = noised_rows(units, objective=self.objective)
         clean = units.value_NF[units.clean_row_Q]
         patch = self.precondition.network_input(
@@ -78,7 +82,7 @@ class LatentPreludio(Preludio[MediaUnits]):
         ]
         slots = [units.noised_slot_Q, units.clean_slot_Q, units.header_slot_J, units.closing_slot_J]
         if self.entrance == "token":
-            rows.append(self.time(units.time_J[units.time_span_Q]))
+            rows.append(self.time(units.time_T[units.time_span_Q]))
             slots.append(units.time_slot_Q)
         return torch.cat(rows), torch.cat(slots)
 
@@ -86,7 +90,7 @@ class LatentPreludio(Preludio[MediaUnits]):
         """Rows of the noised patches and then of the clean ones; each copy of a span has a canvas of its own."""
         if self.cells is None:
             return self.patch(patch_QF)
-        row, spans = torch.cat((units.noised_row_Q, units.clean_row_Q)), len(units.time_J)
+        row, spans = torch.cat((units.noised_row_Q, units.clean_row_Q)), len(units.bucket_J)
         copy = units.span_N[row] + F.pad(torch.full_like(units.clean_row_Q, spans), (len(units.noised_row_Q), 0))
         on = canvases(copy, units.place_NX[row], count=2 * spans, shape=self.cells, dtype=patch_QF.dtype)
         return self.patch(patch_QF, on)
@@ -95,9 +99,9 @@ class LatentPreludio(Preludio[MediaUnits]):
         """Rows of the noised patches and then of the clean ones, with their times."""
         if self.entrance not in ("added", "film"):
             return patches_QH
-        times = torch.cat((units.time_J, units.time_J.new_zeros(1)))  # the last: clean
-        span = torch.cat((units.span_N[units.noised_row_Q], torch.full_like(units.clean_row_Q, len(units.time_J))))
-        found = self.time(times).index_select(0, span)
+        times = torch.cat((units.time_T, units.time_T.new_zeros(1)))  # the last: clean
+        which = torch.cat((units.time_of_Q, torch.full_like(units.clean_row_Q, len(units.time_T))))
+        found = self.time(times).index_select(0, which)
         if self.entrance == "added":
             return patches_QH + found
         return modulate(patches_QH, shift=found[:, 0], scale=found[:, 1])

@@ -15,7 +15,15 @@ import numpy as np
 import pytest
 
 from matformer.config.schema import RunConfig
-from matformer.data.packing import build_batch, with_noise
+from matformer.data.packing import (
+    DrawNoise,
+    Piece,
+    Place,
+    build_batch,
+    draw_training_noise,
+    pack_batch,
+    with_noise,
+)
 from matformer.data.sources import MediaSpan
 from matformer.parcels import Batch
 from tests.made import (
@@ -198,6 +206,31 @@ def test_other_ways_to_tell_the_time_and_a_noised_context_too(name: str, keys: d
     documents = [[document(f"{i}.{k}", b"a %d" % i, image(i + k), b"b", audio(i)) for k in range(2)] for i in range(4)]
     microbatches = [build_batch(pair, model=plain.model, sequence_latents=LENGTH) for pair in documents]
     steps = [[with_noise(b, time=0.2 * k, seed=k, index=k) for b in microbatches] for k in (1, 2, 3)]
+    trained = world(config.parallel.ranks).run(cases.train_ranks, config, steps)
+    assert_same_run(trained, cases.train_plain(plain, steps))
+
+
+@pytest.mark.parametrize("name", ["tp2 sequence parallel", "pp2"])
+def test_next_latents_give_the_same_too(name: str, world: World) -> None:
+    config, plain = run_of(name), tiny_run(layers=LAYERS)
+    keys = {"objective": "next_latent", "next_latent": {"noises": 3, "predicts": "ddpm_v"}}
+    config, plain = (run.model_copy(update={"model": with_media(run.model, **keys)}) for run in (config, plain))
+    documents = [[document(f"{i}.{k}", b"a %d" % i, image(i + k), b"b", audio(i)) for k in range(2)] for i in range(4)]
+    pieces = [[[Piece(one, Place(), Place(len(one.spans)))] for one in pair] for pair in documents]
+
+    def draws(step: int, number: int) -> list[DrawNoise]:
+        lanes = (2 * number, 2 * number + 1)
+        return [
+            draw_training_noise(seed=0, step=step, lane=lane, blind_probability=0.3, time_shift=1.0) for lane in lanes
+        ]
+
+    steps = [
+        [
+            pack_batch(rows, draws(step, number), model=plain.model, sequence_latents=LENGTH)
+            for number, rows in enumerate(pieces)
+        ]
+        for step in range(3)
+    ]
     trained = world(config.parallel.ranks).run(cases.train_ranks, config, steps)
     assert_same_run(trained, cases.train_plain(plain, steps))
 

@@ -264,6 +264,38 @@ BROKEN = {
         ["model.media.image.objective=ddpm_v", "model.media.image.loss_weighting=cosmap"],
         ["model.media.image.loss_weighting", "ddpm_v", "cosmap"],
     ),
+    "next latents tell the Atto no time": (
+        ["model.media.image.objective=next_latent", "model.media.image.time_conditioning=adaln_atto"],
+        ["model.media.image.time_conditioning", "adaln_atto", "next_latent"],
+    ),
+    "a patch by itself sees no neighbour": (
+        ["model.media.image={objective: next_latent, coda: dit}"],
+        ["model.media.image.coda", "dit", "next_latent"],
+    ),
+    "no cell of a later patch is read": (
+        ["model.media.image={objective: next_latent, unet_width: 8}"],
+        ["model.media.image.unet_width", "8", "next_latent"],
+    ),
+    "next latents have no token": (
+        ["model.media.image.objective=next_latent", "model.media.image.time_conditioning=token"],
+        ["model.media.image.time_conditioning", "token", "add or adaln_preludio_coda"],
+    ),
+    "next latents stand once": (
+        [
+            "data.sequence_latents=66",
+            "model.media.audio.objective=next_latent",
+            "model.media.image=null",
+            "data.sources.images=null",
+            "data.sources.albums=null",
+        ],
+        ["67", "66", "one copy of 64 patches", "audio"],
+    ),
+    "the weight of SD3 is for its path in next latents too": (
+        [
+            "model.media.image={objective: next_latent, next_latent: {predicts: ddpm_v}, loss_weighting: cosmap}",
+        ],
+        ["model.media.image.loss_weighting", "ddpm_v", "cosmap"],
+    ),
     "pairs name a modality": (["data.sources.speech.modality=sound"], ["image, audio", "sound"]),
     "text names none": (["data.sources.text.modality=image"], ["data.sources.text.modality", "absent"]),
     "paths stay below the root": (["data.sources.text.path=../x"], ["data.sources.text.path", "../x"]),
@@ -320,6 +352,14 @@ def test_a_run_without_sources_is_refused(demo: Demo) -> None:
 )
 def test_every_layout_of_the_bars_passes(demo: Demo, overrides: list[str]) -> None:
     check(demo("train.steps=6", *overrides))
+
+
+def test_keys_of_next_latent_without_it_are_warned_of(demo: Demo, caplog: pytest.LogCaptureFixture) -> None:
+    check(demo("model.media.image={objective: next_latent, next_latent: {noises: 2}}"))
+    assert not caplog.messages
+    check(demo("model.media.image.next_latent.noises=2"))
+    (message,) = caplog.messages
+    assert "model.media.image.next_latent" in message and "flow" in message
 
 
 def test_a_run_shorter_than_its_warm_up_is_warned_of(demo: Demo, caplog: pytest.LogCaptureFixture) -> None:

@@ -241,7 +241,7 @@ def test_the_error_of_the_clean_latent_is_that_of_x_t_less_t_times_the_velocity(
                 build_batch([document], model=run.model, sequence_latents=48), time=t, seed=0, index=index
             )
             units = batch.media["image"]
-            clean = (1 - t) * units.value_NF + t * units.noise_NF
+            clean = (1 - t) * units.value_NF + t * units.noise_QF
             clean = clean - t * model.code["image"](model.latents(batch).flatten(0, 1), units)
             total += float((clean - units.value_NF).square().sum())
             scalars += clean.numel()
@@ -250,17 +250,19 @@ def test_the_error_of_the_clean_latent_is_that_of_x_t_less_t_times_the_velocity(
 
 def test_errors_of_clean_latents_are_the_same_for_all_objectives_where_the_network_says_nothing(root: Path) -> None:
     run, found = config(root), []
-    for objective in ("flow", "ddpm_eps", "ddpm_v"):
+    for objective in ("flow", "ddpm_eps", "ddpm_v", "next_latent"):
         media = {name: one.model_copy(update={"objective": objective}) for name, one in run.model.media.items()}
         few = run.eval.model_copy(update={"text_bytes": 0, "captioned_spans": 0})
         asked = run.model_copy(update={"model": run.model.model_copy(update={"media": media}), "eval": few})
         evaluated = evaluate(build(asked, trained=False)[0], asked, full=True)
-        assert f"heldout/image/{objective}_loss" in evaluated
+        loss = "next_latent_flow_loss" if objective == "next_latent" else f"{objective}_loss"
+        assert f"heldout/image/{loss}" in evaluated
         found.append({name: value for name, value in evaluated.items() if "/x0_error" in name})
     assert len(found[0]) == 20
     for name, value in found[0].items():
         assert found[1][name] == pytest.approx(value, rel=1e-4), name
         assert found[2][name] == pytest.approx(value, rel=1e-4), name
+        assert found[3][name] == pytest.approx(value, rel=1e-4), name
     assert found[0]["heldout/image/x0_error_snr-4"] > 5 * found[0]["heldout/image/x0_error_snr4"]
 
 
@@ -275,7 +277,7 @@ def test_flow_loss_is_the_mean_over_scalars_and_eight_times(root: Path, numbers:
             batch = with_noise(plain, time=t, seed=0, index=k)
             units = batch.media["audio"]
             velocity = model.code["audio"](model.latents(batch).flatten(0, 1), units)
-            total += float((velocity - (units.noise_NF - units.value_NF)).square().sum())
+            total += float((velocity - (units.noise_QF - units.value_NF)).square().sum())
             scalars += velocity.numel()
     assert numbers["heldout/audio/flow_loss"] == pytest.approx(total / scalars, rel=1e-5)
 

@@ -166,9 +166,7 @@ def test_a_batch_keeps_what_the_parcel_promises(uninterrupted: list[list[Batch]]
             assert (kind[units.clean_slot_Q] == Kind.CLEAN).all()
             assert (kind[units.header_slot_J] == Kind.HEADER).all()
             assert (kind[units.closing_slot_J] == Kind.CLOSING).all()
-            assert (
-                (units.time_J > 0) == torch.isin(torch.arange(len(units.time_J)), units.span_N[units.noised_row_Q])
-            ).all()
+            assert ((units.time_T > 0) == torch.isin(torch.arange(len(units.time_T)), units.time_of_Q)).all()
     slots = [sum(len(units.value_NF) for b in step for units in b.media.values()) for step in uninterrupted]
     assert sum(slots) > 0
 
@@ -248,7 +246,7 @@ def rows(batches: list[Batch]) -> list[tuple[Any, ...]]:
             symbols = tuple(batch.text.symbol_U[row_U == row].tolist())
             seen = tuple(batch.text.coda_input_U[row_U == row].tolist())
             noise = tuple(
-                units.noise_NF[units.noised_row_Q][units.noised_slot_Q // length == row].flatten().tolist()
+                units.noise_QF[units.noised_slot_Q // length == row].flatten().tolist()
                 for units in batch.media.values()
             )
             arrays = (grid.kind_BS, grid.blind_BS, grid.axes_BSX[..., 0], grid.document_BS, grid.span_BS)
@@ -485,11 +483,11 @@ def test_heldout_text_is_whole_documents_within_the_bytes(root: Path) -> None:
 
 def test_heldout_media_are_generated_from_their_captions(root: Path) -> None:
     batches = list(heldout_batches(config(root), "images", max_spans=5))
-    spans = [role for batch in batches for role in batch.media["image"].time_J.tolist()]
+    spans = [role for batch in batches for role in batch.media["image"].time_T.tolist()]
     assert spans == [0.5] * 5
     assert not any(bool(batch.grid.blind_BS.any()) for batch in batches)
     given = list(heldout_batches(config(root), "images", max_spans=5, direction="given"))
-    assert [t for batch in given for t in batch.media["image"].time_J.tolist()] == [0.0] * 5
+    assert [t for batch in given for t in batch.media["image"].time_T.tolist()] == [0.0] * 5
 
 
 def test_albums_hold_all_their_spans(root: Path) -> None:

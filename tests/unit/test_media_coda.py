@@ -52,11 +52,11 @@ def test_an_answer_reads_its_own_span_and_nothing_else(kind: str, conditioning: 
     """By gradient: patch 0 of the first of two spans; its neighbours only where the Coda attends."""
     model = model_of(kind, time_conditioning=conditioning)
     units = units_of([document("a", b"x", image(1)), document("b", b"y", image(2, wide=True))], model.model_config)
-    noise = units.noise_NF.clone().requires_grad_()
-    answered(model, replace(units, noise_NF=noise))[0].sum().backward()
+    noise = units.noise_QF.clone().requires_grad_()
+    answered(model, replace(units, noise_QF=noise))[0].sum().backward()
     assert noise.grad is not None
     read = noise.grad.abs().sum(1) > 0
-    first = units.span_N == 0
+    first = units.span_N[units.noised_row_Q] == 0
     assert read[0]
     assert not read[~first].any()
     assert bool(read[first][1:].all()) is NEIGHBOURS[kind]
@@ -66,8 +66,8 @@ def test_an_answer_reads_its_own_span_and_nothing_else(kind: str, conditioning: 
 def test_a_window_of_one_patch_sees_no_neighbour() -> None:
     model = model_of("dit", coda_window=1)
     units = units_of([document("a", image(1))], model.model_config)
-    noise = units.noise_NF.clone().requires_grad_()
-    answered(model, replace(units, noise_NF=noise))[1].sum().backward()
+    noise = units.noise_QF.clone().requires_grad_()
+    answered(model, replace(units, noise_QF=noise))[1].sum().backward()
     assert noise.grad is not None
     assert (noise.grad.abs().sum(1) > 0).tolist() == [False, True, False, False]
 
@@ -233,8 +233,8 @@ def test_a_clean_copy_and_a_noised_one_do_not_touch_on_their_canvases() -> None:
         index=0,
     )
     units = batch.media["image"]
-    noise = units.noise_NF.clone().requires_grad_()
-    rows, slots = model.preludi["image"](replace(units, noise_NF=noise))
+    noise = units.noise_QF.clone().requires_grad_()
+    rows, slots = model.preludi["image"](replace(units, noise_QF=noise))
     clean = torch.isin(slots, units.clean_slot_Q)
     (of_clean,) = torch.autograd.grad(rows[clean].sum(), noise, retain_graph=True, allow_unused=True)
     (of_noised,) = torch.autograd.grad(rows[~clean].sum(), noise)

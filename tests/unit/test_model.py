@@ -139,7 +139,7 @@ def test_a_planted_leak_is_seen(
 def test_noise_and_values_of_a_generated_last_span_reach_its_own_loss_alone(model: Matformer) -> None:
     batch = one_a_row([document("a", b"a red square ", image(1)), document("b", b"text")])
     units = batch.media["image"]
-    moved = replace(units, value_NF=units.value_NF + 1, noise_NF=units.noise_NF * 3 - 1)
+    moved = replace(units, value_NF=units.value_NF + 1, noise_QF=units.noise_QF * 3 - 1)
     with torch.no_grad():
         before, after = model(batch), model(replace(batch, media={**batch.media, "image": moved}))
     assert before["image"][0] != after["image"][0]
@@ -151,8 +151,8 @@ def test_noise_and_values_of_a_generated_last_span_reach_its_own_loss_alone(mode
 def test_text_after_a_generated_span_reads_its_clean_values_and_not_its_noise(model: Matformer) -> None:
     batch = one_a_row([document("a", b"red ", image(1), b" then text")])
     units = batch.media["image"]
-    value, noise = units.value_NF.double().requires_grad_(), units.noise_NF.double().requires_grad_()
-    media = {**batch.media, "image": replace(units, value_NF=value, noise_NF=noise)}
+    value, noise = units.value_NF.double().requires_grad_(), units.noise_QF.double().requires_grad_()
+    media = {**batch.media, "image": replace(units, value_NF=value, noise_QF=noise)}
     sums = model(replace(batch, media=media))
     by_value, by_noise = torch.autograd.grad(sums["text"].sum(), (value, noise), retain_graph=True, allow_unused=True)
     assert by_value is not None and by_value.any()
@@ -186,7 +186,7 @@ def test_a_patch_is_decoded_from_the_latent_just_before_it_and_nothing_newer(mod
 def test_x_t_and_velocity_lie_on_the_straight_path() -> None:
     units = one_a_row([document("a", b"c", image(1))], time=0.25).media["image"]
     x_t, time = noised_rows(units)
-    torch.testing.assert_close(x_t, 0.75 * units.value_NF + 0.25 * units.noise_NF)
+    torch.testing.assert_close(x_t, 0.75 * units.value_NF + 0.25 * units.noise_QF)
     assert time.tolist() == [0.25] * 4
 
 

@@ -25,7 +25,7 @@ INDICES = torch.arange(1000)
 def spans_at(times: torch.Tensor) -> MediaUnits:
     """One span of an image for each t."""
     batch = one_a_row([document(f"d{i}", b"x", image(i)) for i in range(len(times))], length=9)
-    return replace(batch.media["image"], time_J=times.float())
+    return replace(batch.media["image"], time_T=times.float())
 
 
 def ddpm() -> DDPMScheduler:
@@ -37,16 +37,16 @@ def test_ddpms_noised_patches_and_targets_are_those_of_diffusers() -> None:
     step = INDICES[units.span_N]
     assert torch.equal(units.noised_row_Q, torch.arange(len(step)))
     noised, _ = noised_rows(units, objective="ddpm_eps")
-    torch.testing.assert_close(noised, ddpm().add_noise(units.value_NF, units.noise_NF, step), rtol=0, atol=1e-6)
-    assert torch.equal(target_rows(units, objective="ddpm_eps"), units.noise_NF)
-    velocity = ddpm().get_velocity(units.value_NF, units.noise_NF, step)
+    torch.testing.assert_close(noised, ddpm().add_noise(units.value_NF, units.noise_QF, step), rtol=0, atol=1e-6)
+    assert torch.equal(target_rows(units, objective="ddpm_eps"), units.noise_QF)
+    velocity = ddpm().get_velocity(units.value_NF, units.noise_QF, step)
     torch.testing.assert_close(target_rows(units, objective="ddpm_v"), velocity, rtol=0, atol=1e-6)
 
 
 def test_a_level_of_the_neighbour_index_is_seen() -> None:
     units = spans_at((INDICES.double() + 1.5) / 1000)
     noised, _ = noised_rows(units, objective="ddpm_v")
-    theirs = ddpm().add_noise(units.value_NF, units.noise_NF, INDICES[units.span_N])
+    theirs = ddpm().add_noise(units.value_NF, units.noise_QF, INDICES[units.span_N])
     assert (noised - theirs).abs().max() > 1e-4
 
 
@@ -57,7 +57,7 @@ def test_flows_noised_patches_are_those_of_diffusers_and_one_step_goes_back() ->
     noised, time = noised_rows(units)
     for span, step in enumerate(torch.as_tensor(scheduler.timesteps)):
         rows = units.span_N == span
-        theirs = scheduler.scale_noise(units.value_NF[rows], step[None], units.noise_NF[rows])
+        theirs = scheduler.scale_noise(units.value_NF[rows], step[None], units.noise_QF[rows])
         torch.testing.assert_close(noised[rows], theirs, rtol=0, atol=1e-6)
     back = noised - time[:, None] * target_rows(units)
     torch.testing.assert_close(back, units.value_NF, rtol=0, atol=1e-5)
@@ -132,11 +132,11 @@ def test_a_span_weighs_by_its_own_t_in_training_and_not_when_held_out() -> None:
     pieces = [[Piece(one, Place(), Place(len(one.spans)))] for one in documents]
     weighted = pack_batch(pieces, [draw] * 2, model=run.model, sequence_latents=9)
     units = weighted.media["image"]
-    assert units.time_J.tolist() == pytest.approx([0.2005, 0.9105])
-    alpha, sigma = levels(units.time_J, objective="ddpm_v")
+    assert units.time_T.tolist() == pytest.approx([0.2005, 0.9105])
+    alpha, sigma = levels(units.time_T, objective="ddpm_v")
     expected = ((alpha / sigma).square().clamp(max=5) * sigma.square()).tolist()
-    assert units.weight_J.tolist() == pytest.approx(expected, rel=1e-5)
-    plain = replace(weighted, media={**weighted.media, "image": replace(units, weight_J=torch.ones(2))})
+    assert units.weight_T.tolist() == pytest.approx(expected, rel=1e-5)
+    plain = replace(weighted, media={**weighted.media, "image": replace(units, weight_T=torch.ones(2))})
     model = plain_host(run).model.requires_grad_(False)
-    torch.testing.assert_close(model(weighted)["image"], model(plain)["image"] * units.weight_J)
-    assert with_noise(weighted, time=0.3, seed=0, index=1).media["image"].weight_J.tolist() == [1.0, 1.0]
+    torch.testing.assert_close(model(weighted)["image"], model(plain)["image"] * units.weight_T)
+    assert with_noise(weighted, time=0.3, seed=0, index=1).media["image"].weight_T.tolist() == [1.0, 1.0]

@@ -127,16 +127,16 @@ def test_text_of_a_small_mix_is_as_written_out(mix: Batch) -> None:
 def test_media_of_a_small_mix_are_as_written_out(mix: Batch) -> None:
     units = mix.media["image"]
     assert torch.equal(units.value_NF, patchify(torch.from_numpy(image("given").latent), rank=2, patch=2))
-    assert (units.noise_NF == 1).all()
+    assert (units.noise_QF == 1).all()
     assert units.span_N.tolist() == [0, 0]
-    assert units.time_J.tolist() == [0.25]
+    assert units.time_T.tolist() == [0.25]
     assert units.bucket_J.tolist() == [1]
     assert (units.header_slot_J.tolist(), units.closing_slot_J.tolist()) == ([3], [8])
     assert (units.noised_row_Q.tolist(), units.noised_slot_Q.tolist()) == ([0, 1], [4, 5])
     assert (units.clean_row_Q.tolist(), units.clean_slot_Q.tolist()) == ([0, 1], [6, 7])
     given = mix.media["audio"]
     assert given.value_NF.tolist() == [[0, 1], [2, 3]]
-    assert (given.noise_NF == 0).all() and given.time_J.tolist() == [0]
+    assert given.noise_QF.shape == (0, 2) and given.time_T.tolist() == [0]
     assert (given.noised_row_Q.numel(), given.noised_slot_Q.numel()) == (0, 0)
     assert (given.clean_row_Q.tolist(), given.clean_slot_Q.tolist()) == ([0, 1], [21, 22])
     assert (given.header_slot_J.tolist(), given.closing_slot_J.tolist()) == ([20], [23])
@@ -217,7 +217,7 @@ def test_a_document_cut_between_spans_is_not_asked_what_goes_on_elsewhere() -> N
 def test_an_absent_modality_has_rows_of_zero_length() -> None:
     batch = build_batch([document("a", b"abc")], model=MODEL, sequence_latents=4)
     assert batch.media["image"].value_NF.shape == (0, 8)
-    assert batch.media["audio"].noise_NF.shape == (0, 2)
+    assert batch.media["audio"].noise_QF.shape == (0, 2)
     assert batch.media["image"].clean_slot_Q.dtype == torch.int64
 
 
@@ -266,9 +266,9 @@ def test_heldout_noise_does_not_depend_on_packing() -> None:
     alone = with_noise(build_batch([pair], model=MODEL, sequence_latents=8), time=0.5, seed=0, index=3)
     rows = [[whole(other), whole(pair)]]
     packed = with_noise(pack_batch(rows, [draw_zeros], model=MODEL, sequence_latents=20), time=0.5, seed=0, index=3)
-    noise = packed.media["image"].noise_NF
-    assert torch.equal(noise[2:], alone.media["image"].noise_NF)
+    noise = packed.media["image"].noise_QF
+    assert torch.equal(noise[2:], alone.media["image"].noise_QF)
     assert (noise[:2] != noise[2:]).all()
-    assert packed.media["image"].time_J.tolist() == [0.5, 0.5]
+    assert packed.media["image"].time_T.tolist() == [0.5, 0.5]
     again = with_noise(packed, time=0.5, seed=0, index=4)
-    assert (again.media["image"].noise_NF != noise).all()
+    assert (again.media["image"].noise_QF != noise).all()

@@ -423,8 +423,8 @@ def test_the_velocity_in_sampling_is_that_of_training(objective: MediaObjective,
     )
     batch = build_batch([document], model=run.model, sequence_latents=64)
     units = batch.media["image"]
-    noise = torch.randn(units.noise_NF.shape, generator=torch.Generator().manual_seed(0))
-    trained = replace(units, noise_NF=noise, time_J=torch.tensor([0.0, 0.3]))
+    noise = torch.randn(units.noise_QF.shape, generator=torch.Generator().manual_seed(0))
+    trained = replace(units, noise_QF=noise, time_T=torch.tensor([0.0, 0.3]))
     trained_batch = replace(batch, media={**batch.media, "image": trained})
     want = model.code["image"](model.latents(trained_batch).flatten(0, 1), trained)
     x_t, _ = noised_rows(trained, objective=objective)

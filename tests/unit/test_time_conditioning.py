@@ -94,7 +94,7 @@ def test_the_answer_depends_on_t_alone_where_t_is_told(conditioning: TimeConditi
 
     def answer(time: float) -> Tensor:
         units = batch.media["image"]
-        now = replace(units, noise_NF=units.value_NF, time_J=torch.tensor([time]))
+        now = replace(units, noise_QF=units.value_NF[units.noised_row_Q], time_T=torch.tensor([time]))
         latents = model.latents(replace(batch, media={**batch.media, "image": now}))
         return model.code["image"](latents.flatten(0, 1), now)
 
@@ -273,7 +273,7 @@ def test_spans_that_text_follows_draw_at_most_one_half_and_others_as_ever(object
     def times(context: str) -> list[float]:
         model = run_with("add", media_context=context, objective=objective).model
         batch = pack_batch(pieces, [draw, draw], model=model, sequence_latents=LENGTH)
-        return [*batch.media["image"].time_J.tolist(), *batch.media["audio"].time_J.tolist()]
+        return [*batch.media["image"].time_T.tolist(), *batch.media["audio"].time_T.tolist()]
 
     shift = 0.0 if objective == "flow" else 0.0005
     assert times("noised") == pytest.approx([0.45 + shift, 0.9 + shift, 0.9 + shift, 0.45 + shift])
@@ -286,8 +286,8 @@ def assert_text_reads_x_t_alone(model: Matformer, *, length: int = LENGTH) -> No
     batch = batch_of([one], model.model_config, time=0.25, length=length)
     assert (model.view(batch).tiles is not None) == (length > LENGTH)
     units = batch.media["image"]
-    value, noise = units.value_NF.double().requires_grad_(), units.noise_NF.double().requires_grad_()
-    media = {**batch.media, "image": replace(units, value_NF=value, noise_NF=noise)}
+    value, noise = units.value_NF.double().requires_grad_(), units.noise_QF.double().requires_grad_()
+    media = {**batch.media, "image": replace(units, value_NF=value, noise_QF=noise)}
     sums = model(replace(batch, media=media))
     by_value, by_noise = torch.autograd.grad(sums["text"].sum(), (value, noise), allow_unused=True)
     assert by_value is not None and by_noise is not None and by_noise.any()
