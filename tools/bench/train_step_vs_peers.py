@@ -8,9 +8,10 @@ latents are given to both, the optimizer is left out. Packing a row and drawing 
 
 Ours is the demo's model with one medium, its feed-forward as wide as gives it the peer's number of parameters, and
 patches of 4 bytes and of 4 latents. Controls stand beside it: without tables of n-grams, whose parameters cost no
-products (the trunk is wider instead); with patches of one and latents that stand noised alone, where our trunk sees as
-many positions as theirs; both; and VibeVoice with one noise a latent, as ours has, where its authors take four. `cases`
-of the JSON line holds what is no control, `controls` the others.
+products (the trunk is wider instead); under `next_latent`, which is VibeVoice's objective, with four noises a latent as
+there; with patches of one and latents that stand noised alone, where our trunk sees as many positions as theirs; this
+without tables; and VibeVoice with one noise a latent. `cases` of the JSON line holds what is no control, `controls` the
+others.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -52,16 +53,18 @@ NARROWEST, ROUND = 128, 32  # of the feed-forward
 
 @dataclass(frozen=True)
 class Way:
-    """How ours is configured: units of a patch, of bytes and latents alike; tables of n-grams; what follows media."""
+    """How ours is configured: units of a patch, of bytes and latents alike; tables of n-grams; the media's keys."""
 
     patch: int
     tables: bool
-    media_context: MediaContext
+    media_context: MediaContext = "clean_copy"
+    objective: Literal["flow", "next_latent"] = "flow"
 
 
 WAYS = {
-    "ours": Way(4, tables=True, media_context="clean_copy"),
-    "no tables": Way(4, tables=False, media_context="clean_copy"),
+    "ours": Way(4, tables=True),
+    "no tables": Way(4, tables=False),
+    "next_latent": Way(4, tables=True, objective="next_latent"),
     "patches of 1": Way(1, tables=True, media_context="noised"),
     "patches of 1, no tables": Way(1, tables=False, media_context="noised"),
 }
@@ -76,6 +79,7 @@ def model_config(way: Way, peer: str, *, parameters: int) -> ModelConfig:
         patch=way.patch,
         buckets=((LATENTS,),),
         coda_width=demo.media["audio"].coda_width,
+        objective=way.objective,
     )
     text = demo.text.model_copy(update={"ngram_rows": PEERS[peer].ngram_rows})
     if not way.tables:
