@@ -60,7 +60,7 @@ class Material:
         media = self.config.get("model", {}).get("media", {}).get(modality, {})
         objective = media.get("objective", "flow")
         if objective == "next_latent":
-            objective = f"next_latent_{media['next_latent']['predicts']}"
+            objective = f"next_latent_{media.get('next_latent', {}).get('predicts', 'flow')}"
         return f"{modality}/{objective}_loss"
 
     def points(self, key: str) -> tuple[list[float], list[float]]:

@@ -63,7 +63,7 @@ def test_a_wrong_denoiser_and_wrong_samples_are_seen() -> None:
         host = PlainHost(run)
         model = Matformer(run.model, trunk=host.build_trunk())
         host.prepare(model)
-        assert oracle.excess(model, run, mixture)[0] > 5 * MAX_EXCESS
+        assert oracle.excess(model, run, mixture, number=512)[0] > 5 * MAX_EXCESS
     mean, covariance = mixture.moments()
     gaussian = Mixture(np.ones(1), mean[None], covariance[None])
     drawn = gaussian.draw(50_000, np.random.default_rng(0))
@@ -78,9 +78,9 @@ def test_a_tenth_of_the_training_comes_most_of_the_way(name: str) -> None:
     host = PlainHost(run)
     model = Matformer(run.model, trunk=host.build_trunk())
     host.prepare(model)
-    first, _ = oracle.excess(model, run, mixture)
+    first, _ = oracle.excess(model, run, mixture, number=512)
     oracle.train(host, run, mixture)
-    last, _ = oracle.excess(model, run, mixture)
+    last, _ = oracle.excess(model, run, mixture, number=512)
     assert last < first / 4
 
 

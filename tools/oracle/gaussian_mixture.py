@@ -171,12 +171,12 @@ def filled(batch: Batch, *, values: np.ndarray, epsilon: np.ndarray, times: np.n
 
 
 @torch.no_grad()
-def excess(model: Matformer, run: RunConfig, mixture: Mixture) -> tuple[float, float]:
-    """(mean |model - optimal|^2 / mean |target - optimal|^2, the latter), over the held-out times."""
+def excess(model: Matformer, run: RunConfig, mixture: Mixture, *, number: int = CHUNK) -> tuple[float, float]:
+    """(mean |model - optimal|^2 / mean |target - optimal|^2, the latter), over `number` draws at each held-out time."""
     media, dice = run.model.media[NAME], np.random.default_rng(3)
-    apart, best, plain = [], [], batch_of(np.zeros((CHUNK, DIMS)), run, draw=draw_zeros)
+    apart, best, plain = [], [], batch_of(np.zeros((number, DIMS)), run, draw=draw_zeros)
     for t in TIMES:
-        values, epsilon = mixture.draw(CHUNK, dice), dice.standard_normal((CHUNK, DIMS))
+        values, epsilon = mixture.draw(number, dice), dice.standard_normal((number, DIMS))
         time = float(np.float32(t if media.prediction == "flow" else on_index(t)))
         alpha, sigma = (float(level) for level in levels(torch.tensor(time).double(), objective=media.prediction))
         clean = expected_clean(mixture, values, alpha * values + sigma * epsilon, alpha, sigma, causal=media.causal)
