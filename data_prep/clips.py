@@ -62,7 +62,7 @@ def words_of(fields: Float[np.ndarray, "T 3 y x"]) -> str:
 
 
 def film_clips(moved: Sequence[Moved], *, name: str, side: int, every: int) -> Iterator[Clip]:
-    """Windows of `side` macroblocks, half overlapping, a clip each `every` frames; none holds a key frame but as its first."""
+    """Windows of `side` macroblocks, half overlapping, a clip each `every` frames; key frames stand only first."""
     height, width = (size // MACROBLOCK for size in moved[0].pixels.shape[:2])
     corners = list(itertools.product(_places(height, side=side), _places(width, side=side)))
     for start in range(0, len(moved) - STEPS, every):
@@ -82,7 +82,7 @@ def film_clips(moved: Sequence[Moved], *, name: str, side: int, every: int) -> I
 
 
 def pans(frames: Sequence[UInt8[np.ndarray, "Y X 3"]], *, name: str, side: int, count: int, fps: int) -> Iterator[Clip]:
-    """Windows that slide over a frame each, in one of four directions at one of three speeds; x264 finds the vectors."""
+    """Windows that slide over a frame each, in four directions at three speeds; x264 finds the vectors."""
     pixels = side * MACROBLOCK
     for number in range(count):
         key = f"{name}-{number:04d}"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from matformer.config.schema import EvalConfig, RunConfig, SourceConfig
+from matformer.data.holdings import scored_sources
 from matformer.data.loader import heldout_batches, pack_documents
 from matformer.data.mixture import BadSamples, Mixture
 from matformer.data.packing import document_positions, with_noise
@@ -157,8 +158,8 @@ def _tables(config: RunConfig) -> Iterator[tuple[str, Documents]]:
     if not asked.media_spans:
         return
     for modality in config.model.media:
-        pairs = [name for name, s in sources.items() if s.form == "pairs" and s.modality in (None, modality)]
-        plain = [batch for name in pairs for batch in heldout_batches(config, name, max_spans=asked.media_spans)]
+        scored = scored_sources(config.data, modality)
+        plain = [batch for name in scored for batch in heldout_batches(config, name, max_spans=asked.media_spans)]
         noised = [with_noise(b, time=t, seed=NOISE_SEED, index=k) for b in plain for k, t in enumerate(TIMES, start=1)]
         if any(velocity_scalars(batch, modality)[0].numel() for batch in noised):
             yield modality, gather_documents(noised, num_rows=rows)
