@@ -99,15 +99,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @torch.inference_mode()
-def prepare(out: Path, *, film: Film, num_pans: int) -> None:
-    """Make `out`. Raises DataError if it exists, or the film is damaged, too short or too small."""
+def prepare(out: Path, *, film: Film, num_pans: int, side: int = SIDE) -> None:
+    """Make `out`, its windows of side x side macroblocks.
+
+    Raises DataError if it exists, or the film is damaged, too short or too small.
+    """
     if out.exists():
         raise DataError(f"{out} must not exist yet, got a folder or file; remove it or change --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as work:
         root = Path(work) / "whole"
         root.mkdir()
-        clips, small, facts = _clips(film, num_pans=num_pans)
+        clips, small, facts = _clips(film, num_pans=num_pans, side=side)
         report = {"film": film.name, "sources": film.sources, **facts}
         report["motion"] = _write_motion(clips, root=root, facts=facts, sources=film.sources)
         report["video"] = _write_video(small, root=root, facts=facts, sources=film.sources)
@@ -118,7 +121,7 @@ def prepare(out: Path, *, film: Film, num_pans: int) -> None:
 Small = dict[str, list[tuple[str, str, np.ndarray]]]
 
 
-def _clips(film: Film, *, num_pans: int) -> tuple[dict[str, list[Clip]], Small, dict[str, Any]]:
+def _clips(film: Film, *, num_pans: int, side: int) -> tuple[dict[str, list[Clip]], Small, dict[str, Any]]:
     """Of each split. The last fifth of the film is held out: no frame is in both."""
     frames, fps, has_b_frames = read_film(film.data)
     own = None if has_b_frames else list(decoded(film.data))
@@ -127,14 +130,14 @@ def _clips(film: Film, *, num_pans: int) -> tuple[dict[str, list[Clip]], Small, 
     clips: dict[str, list[Clip]] = {}
     small: Small = {}
     for split in SPLITS:
-        part = list(film_clips(_side(again, split), name="half", side=SIDE, every=STEPS // 2))
+        part = list(film_clips(_side(again, split), name="half", side=side, every=STEPS // 2))
         if own is not None:
-            part += film_clips(_side(own, split), name="own", side=SIDE, every=STEPS)
+            part += film_clips(_side(own, split), name="own", side=side, every=STEPS)
         count = num_pans if split == "train" else num_pans // 4
-        part += pans(_side(frames, split), name=f"pan-{split}", side=SIDE, count=count, fps=round(fps))
+        part += pans(_side(frames, split), name=f"pan-{split}", side=side, count=count, fps=round(fps))
         if not part:
             raise DataError(
-                f"a film must hold {STEPS + 1} frames of at least {16 * SIDE} x {16 * SIDE} pixels in its last fifth "
+                f"a film must hold {STEPS + 1} frames of at least {16 * side} x {16 * side} pixels in its last fifth "
                 f"too, got {len(frames)} frames of {frames[0].shape[:2]}; bring a longer or larger one"
             )
         clips[split] = sorted(part, key=lambda clip: number_of(clip.key))
@@ -228,7 +231,7 @@ def accepted(clips: Sequence[Clip], *, autoencoder: MotionField, out: Path) -> A
         thresholds={"min_psnr_db_gain": MIN_GAIN_DB},
         failed=failed,
         latents=channel_statistics(autoencoder.encode(fields).mean.movedim(1, 0).flatten(1)),
-        preparation={"steps": STEPS, "side": SIDE},
+        preparation={"steps": STEPS, "side": int(fields.shape[2])},
     )
     record.save(out)
     save_sheet(out / "contact_sheet.png", originals, shown, rate=None)

@@ -42,12 +42,20 @@ log = logging.getLogger(__name__)
 PROMPT_BYTES, NEW_BYTES, CAPTION_BYTES = 64, 160, 64
 STATISTICS_STEPS = 4
 LOOKED_AT = 32
+MOTION_STEPS = 16
 TRANSCRIPT, CAPTION = "transcript", "caption"
 Entries = list[dict[str, Any]]
 
 
 def make_gallery(
-    run_folder: Path, *, num_images: int = 8, num_audio: int = 4, num_texts: int = 4, num_videos: int = 4, seed: int = 0
+    run_folder: Path,
+    *,
+    num_images: int = 8,
+    num_audio: int = 4,
+    num_texts: int = 4,
+    num_videos: int = 4,
+    seed: int = 0,
+    steps: int = Draws().steps,
 ) -> None:
     """Write RUN/samples/ with its samples.json, and RUN/statistics.json, from the average of the last checkpoint.
 
@@ -57,14 +65,14 @@ def make_gallery(
     config, _, model = load_for_inference(run_folder, ema=True)
     folder = RunFolder(Path(run_folder), State.RESUME).samples
     folder.mkdir(parents=True, exist_ok=True)
-    gallery = _Gallery(model, config, folder, Draws(seed=seed))
+    gallery = _Gallery(model, config, folder, Draws(seed=seed, steps=steps))
     samples = {
         "text": gallery.texts(num_texts),
         "image": gallery.media("image", num_images, words=CAPTION),
         "audio": gallery.media("audio", num_audio, words=TRANSCRIPT),
         "caption": gallery.captions("image", num_images),
         "video": gallery.media("video", num_videos, words=CAPTION),
-        "motion": gallery.animations(num_videos),
+        "motion": gallery.animations(num_videos // 2),
     }
     _write(folder / "samples.json", samples)
     _write(Path(run_folder) / "statistics.json", run_statistics(config))
@@ -139,18 +147,21 @@ class _Gallery:
         codecs = {name: load_codec(self.config, name) for name in self.config.model.media}
         looked_at = list(islice((one for one in self._heldout("documents", None) if _moves(one, modality)), LOOKED_AT))
         shown = sorted(looked_at, key=lambda one: -_motion_of(one, codecs[modality]))[:count]
-        entries = []
-        for number, one in enumerate(shown):
-            spans = given(one.document.spans)
-            first = next(i for i, span in enumerate(spans) if isinstance(span, MediaSpan) and span.modality == modality)
-            row = Row(number, spans=spans[:first])
-            self._continue([row], want=modality, draws=self.draws, spans=len(spans) - first)
-            files = {
-                kind: self._animation(part, codecs, name=f"{modality}-{number}-{kind}")
-                for kind, part in (("reconstructed", spans), ("generated", row.spans))
+        rows = [Row(number, spans=_before(one.document, modality)) for number, one in enumerate(shown)]
+        fields = min(
+            (len(one.document.spans) - len(row.spans) for one, row in zip(shown, rows, strict=True)), default=0
+        )
+        draws = replace(self.draws, steps=min(self.draws.steps, MOTION_STEPS))
+        self._continue(rows, want=modality, draws=draws, spans=fields)
+        return [
+            {
+                CAPTION: _text_of(one.document),
+                "real": None,
+                "reconstructed": self._animation(one.document.spans, codecs, name=f"{modality}-{row.number}-own"),
+                "generated": self._animation(row.spans, codecs, name=f"{modality}-{row.number}-generated"),
             }
-            entries.append({CAPTION: _text_of(one.document), "real": None, **files})
-        return entries
+            for one, row in zip(shown, rows, strict=True)
+        ]
 
     def _motion(self) -> str | None:
         """The modality whose latents are fields of motion, if the run has one."""
@@ -333,6 +344,12 @@ def _text_of(document: Document) -> str:
 
 def _media_of(document: Document) -> MediaSpan:
     return next(span for span in document.spans if isinstance(span, MediaSpan))
+
+
+def _before(document: Document, modality: str) -> tuple[TextSpan | MediaSpan, ...]:
+    """What stands before the first span of a modality, given."""
+    first = next(i for i, one in enumerate(document.spans) if isinstance(one, MediaSpan) and one.modality == modality)
+    return given(document.spans[:first])
 
 
 def _moves(one: Shown, modality: str) -> bool:
