@@ -38,6 +38,11 @@ class Clip:
     fields: Float[np.ndarray, "T 3 y x"]
 
     @property
+    def origin(self) -> str:
+        """`own` (the film's own vectors), `half` (encoded again at half its height), `pan`."""
+        return self.key.split("-", 1)[0]
+
+    @property
     def text(self) -> str:
         """What is measured of it, in words."""
         subject = "Big Buck Bunny" if self.style == "film" else "A picture"

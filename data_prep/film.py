@@ -202,7 +202,7 @@ def accepted(clips: Sequence[Clip], *, autoencoder: MotionField, out: Path) -> A
     Raises DataError where a field does not come back exactly, or warping is not better.
     """
     numbers: dict[str, list[float]] = {"psnr_db_warped": [], "psnr_db_repeated": []}
-    by_style: dict[str, list[float]] = {}
+    by_origin: dict[str, list[float]] = {}
     wrong, originals, shown = 0, [], []
     for clip in clips:
         fields = torch.from_numpy(clip.fields)
@@ -213,11 +213,12 @@ def accepted(clips: Sequence[Clip], *, autoencoder: MotionField, out: Path) -> A
         pair = [float(psnr(frames, real[1:]).mean()), float(psnr(real[:1].expand_as(frames), real[1:]).mean())]
         for name, value in zip(numbers, pair, strict=True):
             numbers[name].append(value)
-        by_style.setdefault(f"psnr_db_gain_{clip.style}", []).append(pair[0] - pair[1])
+        for name, value in zip(numbers, pair, strict=True):
+            by_origin.setdefault(f"{name}_{clip.origin}", []).append(value)
         if len(shown) < SHOWN:
             originals.append(real[-1])
             shown.append(frames[-1])
-    means = {name: float(np.mean(values)) for name, values in (numbers | by_style).items()}
+    means = {name: float(np.mean(values)) for name, values in (numbers | by_origin).items()}
     means["psnr_db_gain"] = means["psnr_db_warped"] - means["psnr_db_repeated"]
     fields = torch.from_numpy(np.concatenate([clip.fields for clip in clips]))
     failed = [f"{wrong} clips' fields do not come back exactly"] if wrong else []
