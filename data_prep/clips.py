@@ -92,7 +92,7 @@ def pans(frames: Sequence[UInt8[np.ndarray, "Y X 3"]], *, name: str, side: int, 
     for number in range(count):
         key = f"{name}-{number:04d}"
         dice = np.random.default_rng(number_of(f"pan:{key}"))
-        frame = frames[dice.integers(len(frames))]
+        frame = frames[int(dice.integers(len(frames)))]
         step = np.array(list(DIRECTIONS.values())[number % 4]) * SPEEDS[number // 4 % 3]
         room = np.abs(step) * STEPS
         free = np.array([frame.shape[1], frame.shape[0]]) - pixels - room

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from data_prep.video import require_av
 from matformer.autoencoders.motion_field import DX, DY, INTRA, MACROBLOCK, STEP
 from matformer.errors import DataError
 
@@ -111,14 +112,3 @@ def read_film(data: bytes) -> tuple[list[UInt8[np.ndarray, "y x 3"]], float, boo
     if not read:
         raise DataError("a video must hold frames, got none; bring another")
     return [frame for _, frame in read], fps, foreign or any(kind == B_FRAME for kind, _ in read)
-
-
-def require_av() -> Any:  # noqa: ANN401
-    """PyAV. Raises DataError where it is missing."""
-    try:
-        import av  # noqa: PLC0415  optional: the extra `media`
-    except ImportError as error:
-        raise DataError(
-            f"video needs PyAV, got {error}; install the extra with `pip install matformer[media]`"
-        ) from error
-    return av
