@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -15,18 +16,12 @@ def frames_of(data: bytes, *, fps: float, most: int) -> list[np.ndarray]:
 
     Raises DataError where the file is damaged, or PyAV is missing.
     """
-    try:
-        import av  # noqa: PLC0415  optional: the extra `media`
-        from av.error import FFmpegError  # noqa: PLC0415
-    except ImportError as error:
-        raise DataError(
-            f"reading video needs PyAV, got {error}; install the extra with `pip install matformer[media]`"
-        ) from error
+    av = require_av()
     try:
         with av.open(io.BytesIO(data), "r") as container:
             shown = ((frame.time, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0))
             return list(_sampled(shown, fps=fps, most=most))
-    except (FFmpegError, IndexError) as error:  # IndexError: no stream of pictures in it
+    except (av.FFmpegError, IndexError) as error:  # IndexError: no stream of pictures in it
         raise DataError(f"a video must be a whole file that FFmpeg opens, got: {error}; repair or remove it") from error
 
 
@@ -44,3 +39,14 @@ def _sampled(shown: Iterator[tuple[float | None, np.ndarray]], *, fps: float, mo
             return
     if last is not None and given < most:
         yield last
+
+
+def require_av() -> Any:  # noqa: ANN401
+    """PyAV. Raises DataError where it is missing."""
+    try:
+        import av  # noqa: PLC0415  optional: the extra `media`
+    except ImportError as error:
+        raise DataError(
+            f"video needs PyAV, got {error}; install the extra with `pip install matformer[media]`"
+        ) from error
+    return av

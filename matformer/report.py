@@ -489,6 +489,7 @@ SECTIONS: tuple[Callable[[Material], str], ...] = (
     learned,
     curves,
     lambda material: gallery.pictures(material.samples, material.folder / "samples"),
+    lambda material: gallery.films(material.samples, material.folder / "samples"),
     lambda material: gallery.sounds(material.samples, material.folder / "samples"),
     lambda material: gallery.captions(material.samples, material.folder / "samples"),
     lambda material: gallery.texts(material.samples, material.folder / "samples"),

@@ -36,6 +36,7 @@ class Autoencoder(nn.Module, ABC):
     kind: its name in the saved file. channels: C. downsampling: media samples of a latent cell along each axis.
     media_channels: channels_in. sample_rate: Hz where the medium is sound, else None.
     stochastic: whether `encode` gives a log-variance.
+    has_pictures: whether media of two axes are pictures and of three are video; else they are arrays alone.
     shift, scale: the normalisation (mean - shift) * scale its makers trained with, one number for all channels or one a
     channel; None where they left none.
     """
@@ -46,6 +47,7 @@ class Autoencoder(nn.Module, ABC):
     media_channels: int
     sample_rate: int | None = None
     stochastic: bool = False
+    has_pictures: bool = True
     shift: tuple[float, ...] | None = None
     scale: tuple[float, ...] | None = None
 
@@ -72,9 +74,9 @@ class Autoencoder(nn.Module, ABC):
     @property
     def modality(self) -> str:
         """What it codes, by the name that configs give it."""
-        return (
-            "audio" if self.sample_rate is not None else {2: "image", 3: "video"}.get(len(self.downsampling), "tensor")
-        )
+        if self.sample_rate is not None:
+            return "audio"
+        return {2: "image", 3: "video"}.get(len(self.downsampling), "tensor") if self.has_pictures else "tensor"
 
     def identity(self) -> dict[str, Any]:
         """What a manifest says of it."""

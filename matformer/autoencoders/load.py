@@ -10,15 +10,19 @@ import safetensors
 import safetensors.torch
 
 from matformer.autoencoders.base import SETTINGS_FILE, WEIGHTS_FILE, Autoencoder
+from matformer.autoencoders.clip_pca import ClipPCA
 from matformer.autoencoders.convolutional import ConvolutionalAutoencoder
 from matformer.autoencoders.from_diffusers import is_diffusers_folder, load_diffusers
 from matformer.autoencoders.mdct_pca import MDCTPCA
+from matformer.autoencoders.motion_field import MotionField
 from matformer.autoencoders.patch_pca import PatchPCA
 from matformer.errors import DataError
 
 KINDS: dict[str, Callable[..., Autoencoder]] = {
     PatchPCA.kind: PatchPCA,
     MDCTPCA.kind: MDCTPCA,
+    ClipPCA.kind: ClipPCA,
+    MotionField.kind: MotionField,
     ConvolutionalAutoencoder.kind: ConvolutionalAutoencoder,
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from matformer.errors import DataError
 
-CLOSED_FORM = ("patch_pca", "mdct_pca")
+CLOSED_FORM = ("patch_pca", "mdct_pca", "clip_pca")
 """Fitted on the very data set, their held-out quality stands in its manifest: they need no acceptance beside."""
 COMMAND = "python -m data_prep.accept_autoencoder --autoencoder FOLDER --data MEDIA --buckets SHAPES"
 

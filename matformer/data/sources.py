@@ -15,6 +15,7 @@ import numpy as np
 
 from matformer.config.schema import DataConfig, MediaConfig, ModelConfig, SourceConfig
 from matformer.data.coders import check_accepted, coders_of
+from matformer.data.holdings import latents_of
 from matformer.data.patching import Patcher, build_patcher, text_symbols
 from matformer.data.shards import ShardReader
 from matformer.errors import DataError
@@ -220,8 +221,12 @@ class MediaSource(Source):
                 f"set model.media or data.sources.{self.name}"
             )
         mean = latent_mean(self.reader.array(index, member), self.reader.manifest).astype(np.float32)
-        latents = self.reader.manifest["latents"]
-        latents = latents if "scale" in latents else latents[modality]
+        latents = latents_of(self.reader.manifest, modality)
+        if latents is None:
+            raise DataError(
+                f"the manifest of {self.reader.folder} must say how latents of {modality} are normalised, got nothing; "
+                "prepare the data again"
+            )
         shift = np.asarray(latents["shift"], np.float32)
         if len(shift) != len(mean):
             raise DataError(
@@ -277,12 +282,6 @@ class DocumentSource(MediaSource):
 
 
 _FORMS: dict[str, type[Source]] = {"text": TextSource, "pairs": PairSource, "documents": DocumentSource}
-
-
-def media_sources(data: DataConfig, modality: str) -> list[str]:
-    """Names of the sources of form pairs that show media of `modality`, or of any."""
-    shown = [(name, one) for name, one in data.sources.items() if one.form == "pairs" and one.shows != "caption"]
-    return [name for name, one in shown if one.modality in (None, modality)]
 
 
 def open_source(name: str, *, data: DataConfig, model: ModelConfig, split: str) -> Source:

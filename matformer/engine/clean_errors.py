@@ -7,9 +7,9 @@ import math
 import torch
 
 from matformer.config.schema import RunConfig
+from matformer.data.holdings import scored_sources
 from matformer.data.loader import heldout_batches
 from matformer.data.packing import with_noise
-from matformer.data.sources import media_sources
 from matformer.engine.baselines import ratio
 from matformer.engine.document_sums import document_sums, gather_documents, velocity_scalars
 from matformer.hosts.base import Host
@@ -23,7 +23,7 @@ FIRST_INDEX = 9  # of the noise: the loss of the same spans has 1 to 8
 
 def media_batches(config: RunConfig, modality: str) -> list[Batch]:
     """Held-out media of all sources of this modality, behind captions if shown; up to eval.media_spans of each."""
-    names = media_sources(config.data, modality)
+    names = scored_sources(config.data, modality)
     return [batch for name in names for batch in heldout_batches(config, name, max_spans=config.eval.media_spans)]
 
 

@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from matformer.config.schema import RunConfig
+from matformer.data.holdings import scored_sources
 from matformer.data.loader import Loader, heldout_batches, heldout_documents, merge_states
 from matformer.data.mixture import BadSamples, Mixture
 from matformer.data.packing import document_positions
 from matformer.data.patching import StaticPatcher, text_symbols
 from matformer.data.shards import ShardWriter
-from matformer.data.sources import MediaSpan, Stream, TextSpan, media_sources, open_source
+from matformer.data.sources import MediaSpan, Stream, TextSpan, open_source
 from matformer.errors import ConfigError, DataError, ParcelError
 from matformer.parallel.seeds import generator
 from matformer.parcels import Batch, Kind
@@ -348,7 +349,7 @@ def test_a_pair_can_show_one_side_alone(root: Path) -> None:
     assert len(words.pick(3).spans) == 1
     (span,) = pictures.pick(3, direction="generate").spans
     assert isinstance(span, MediaSpan) and span.modality == "image" and span.role == "generate"
-    assert media_sources(run.data, "image") == ["pictures"]
+    assert scored_sources(run.data, "image") == ["pictures"]
     loader = Loader(run, prefetch=False)
     batches = [batch for step in range(4) for batch in loader.next_global_batch(step)]
     assert sum(batch.num_bytes for batch in batches) > 0
