@@ -3,6 +3,7 @@
 # make check   style, types, the rule of imports
 # make ablation-text   ways to hand text to the model, against each other: docs/results/text_frontends.md (some CPU hours)
 # make ablation-interference   does text help or hurt pictures and sounds in one trunk: docs/results/interference.md (an hour)
+# make ablation-time   objectives of media and ways to tell t, against each other: docs/results/time_conditioning.md (some CPU hours)
 # make env     sets up alone: one virtual environment, .venv
 # make clean   removes the environment and caches; runs/, data/ and cache/ stay
 
@@ -16,7 +17,7 @@ STAMP := .venv/.installed
 LOCK := $(shell command -v flock >/dev/null 2>&1 && echo flock .env.lock)
 FITS := import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
-.PHONY: env demo test check ablation-text ablation-interference clean
+.PHONY: env demo test check ablation-text ablation-time ablation-interference clean
 
 env:
 	@$(LOCK) $(MAKE) --silent --no-print-directory $(STAMP)
@@ -56,6 +57,11 @@ ablation-text: env
 ablation-interference: env
 	bash slurm/prepare.sh configs/ablation/interference/joint.yaml
 	$(BIN)/python tools/ablate/interference.py --seeds 0,1,2 --steps 160
+
+# The same: a killed one goes on.
+ablation-time: env
+	bash slurm/prepare.sh configs/ablation/time/flow-add.yaml
+	$(BIN)/python tools/ablate/time_conditioning.py --seeds 0,1,2 --out runs/ablation/time --document docs/results/time_conditioning.md
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache *.egg-info

@@ -19,6 +19,8 @@ from matformer.engine.sample_quality import DRAWS
 from matformer.errors import MatformerError
 from matformer.parallel.process import settle
 
+log = logging.getLogger(__name__)
+
 LOWER, HIGHER = -1, 1
 CHANCE_GAIN = 0.0
 HEAD = {"held out": 25, "this model": 15, "rival": 19, "": 15, "better by (stderr)": 18}  # columns and their widths
@@ -32,7 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = _parser().parse_args(arguments)
     drawn = {name: value for name in ("steps", "guidance", "seed") if (value := getattr(asked, name)) is not None}
     try:
-        settle(run_config(asked.run).parallel.threads)
+        config = run_config(asked.run)
+        if drawn and not (config.eval.judged_samples if asked.judged_samples is None else asked.judged_samples):
+            log.warning("--%s has no effect without --judged-samples", ", --".join(drawn))
+        settle(config.parallel.threads)
         evaluation = evaluate_run(
             asked.run,
             ema=asked.ema,

@@ -260,7 +260,21 @@ def _claims(material: Material) -> list[Claim]:
         unit = f"{_loss_words(material.loss_of(name))} added by captions of other concepts, higher is better"
         zero = (("zero", 0.0, None),)
         claims.append(Claim(f"Captions used: {name}", unit, f"captions/{name}_gain", zero, True))
-    return claims
+    return [*claims, *(_drawn(name, material=material) for name in material.media)]
+
+
+def _drawn(name: str, *, material: Material) -> Claim:
+    """Generated media whose kind a classifier of real ones recognises."""
+    key = f"samples/{name}_top1"
+
+    def rival(label: str, end: str) -> tuple[str, float | None, float | None]:
+        averaged, last = ((material.last(f"{part}/{key}{end}"), part) for part in ("heldout_ema", "heldout"))
+        value, part = last if averaged[0] is None else averaged
+        return label, value, material.last(f"{part}/{key}{end}_stderr")
+
+    rivals = (rival("captions of other concepts", "_shuffled"), rival("real ones", "_real"))
+    unit = "share that a classifier takes for the kind asked for, higher is better"
+    return Claim(f"Drawn from captions: {name}", unit, key, rivals, True, below=f"{key}_gain")
 
 
 def _claim_row(claim: Claim, *, material: Material) -> list[str] | None:

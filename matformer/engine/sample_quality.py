@@ -24,7 +24,7 @@ from matformer.engine.media import MediaCodec, load_codec
 from matformer.engine.paired import Subject, other_captions, spread, subjects_of
 from matformer.model import Matformer
 
-DRAWS = Draws(steps=25, guidance=3.0)
+DRAWS = Draws(steps=25, guidance=5.0)
 ROWS = 64
 """Pictures that are drawn side by side."""
 

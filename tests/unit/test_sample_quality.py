@@ -260,7 +260,7 @@ def test_a_damaged_classifier_is_named(root: Path, tmp_path: Path) -> None:
 
 
 def test_the_door_draws_and_judges_where_it_is_asked_to(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     run = config(root)
     weights = build(run)[0].state().weights
@@ -269,10 +269,13 @@ def test_the_door_draws_and_judges_where_it_is_asked_to(
     save(tmp_path / "t" / "checkpoints", 7, tensors=tensors, state={}, keep=1)
     save_resolved(run, tmp_path / "t" / "config.yaml")
     assert main([str(tmp_path / "t"), "--judged-samples", "6", "--steps", "2", "--json"]) == 0
+    assert "no effect" not in caplog.text
     *shown, line = capsys.readouterr().out.splitlines()
     assert any("samples/image_top1 " in one and "real pictures" in one for one in shown)
     assert any("samples/image_top1_gain" in one and "captions unused" in one for one in shown)
     found = json.loads(line)
+    assert main([str(tmp_path / "t"), "--guidance", "2"]) == 0
+    assert "--guidance has no effect without --judged-samples" in caplog.text
     model = load_for_inference(tmp_path / "t", ema=False)[2]
     expected = quality.sample_quality(
         model, run, modality="image", num_samples=6, draws=Draws(steps=2, guidance=quality.DRAWS.guidance)

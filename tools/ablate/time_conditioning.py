@@ -1,6 +1,6 @@
 """Objectives of media and ways to tell the network t, held against each other on the demo, with seeds.
 
-    python tools/ablate/time_conditioning.py [--arms flow-add,ddpm_v-adaln_atto,...] [--seeds 0,1,2] [--steps 160]
+    python tools/ablate/time_conditioning.py [--arms flow-add,ddpm_v-adaln_atto,...] [--seeds 0,1,2] [--steps 120]
         [--jobs 2] [--out runs/ablation/time] [--document docs/results/time_conditioning.md] [--json] [key=value ...]
 
 Arms are the files of configs/ablation/time; overrides go to all of them. A killed command goes on where it stood: runs
@@ -28,6 +28,7 @@ from time_document import write
 
 from matformer.config.schema import RunConfig
 from matformer.engine.judge import load_judge
+from matformer.engine.sample_quality import DRAWS
 from matformer.errors import MatformerError
 from matformer.parallel.process import settle
 
@@ -103,13 +104,13 @@ def _wanted(asked: argparse.Namespace) -> Mapping[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, arms=ARMS, out=Path("runs/ablation/time"), document=Path("docs/results/time_conditioning.md"))
-    parser.add_argument("--steps", type=int, default=160, help="of training")
+    parser.add_argument("--steps", type=int, default=120, help="of training")
     parser.add_argument("--text-bytes", type=int, default=30_000, help="of held-out text that every run is scored on")
-    parser.add_argument("--media-spans", type=int, default=64, help="held-out pictures, and as many sounds")
-    parser.add_argument("--captioned-spans", type=int, default=64, help="of the paired test of captions")
+    parser.add_argument("--media-spans", type=int, default=48, help="held-out pictures, and as many sounds")
+    parser.add_argument("--captioned-spans", type=int, default=32, help="of the paired test of captions")
     parser.add_argument("--judged-samples", type=int, default=128, help="pictures drawn, from own and other captions")
-    parser.add_argument("--denoising-steps", type=int, default=20, help="of a picture that is drawn")
-    parser.add_argument("--guidance", type=float, default=2.0, help="of pictures that are drawn")
+    parser.add_argument("--denoising-steps", type=int, default=12, help="of a picture that is drawn")
+    parser.add_argument("--guidance", type=float, default=DRAWS.guidance, help="of pictures that are drawn")
     return parser
 
 
