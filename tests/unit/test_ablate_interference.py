@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from matformer.config.load import load_run, save_resolved
+from matformer.data.statistics import with_statistics
 from matformer.errors import ConfigError
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "ablate"))  # tools are scripts, not a package
 
 import interference
 import interference_document as paper
+import jobs
 
 ALL = (*interference.SINGLE, *interference.JOINT)
 
@@ -66,6 +70,20 @@ def test_units_are_those_of_the_last_step(tmp_path: Path) -> None:
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + "\n")
     assert interference.units_seen(tmp_path) == {"image": 7.0}
+
+
+def test_a_run_whose_config_was_filled_in_from_its_data_is_seen_to_be_finished(tmp_path: Path) -> None:
+    manifest = tmp_path / "data" / "images" / "train" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text(json.dumps({"latents": {"scale": 2.0, "channel_variance": [0.25] * 32}}))
+    job = jobs.Job("image", 0, 4, interference.FOLDER / "image.yaml", tmp_path, (f"data.root={tmp_path / 'data'}",))
+    job.folder.mkdir()
+    config = with_statistics(load_run(job.config, job.keys))
+    assert config.model.media["image"].channel_variance == (1.0,) * 32
+    save_resolved(config, job.folder / "config.yaml")
+    assert not jobs.finished(job)
+    (job.folder / "finished").touch()
+    assert jobs.finished(job)
 
 
 def columns(*losses: float) -> dict[str, Any]:

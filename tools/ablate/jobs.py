@@ -15,6 +15,7 @@ from pathlib import Path
 from matformer.config.check import check
 from matformer.config.load import changed_keys, load_run
 from matformer.config.schema import RunConfig
+from matformer.data.statistics import with_statistics
 from matformer.engine.folder import KEYS_WITHOUT_EFFECT_ON_NUMBERS
 from matformer.errors import CheckpointError
 from matformer.observe.sinks import read_metrics
@@ -72,7 +73,7 @@ def finished(job: Job) -> bool:
     config = job.folder / "config.yaml"
     if not (job.folder / "finished").is_file() or not config.is_file():
         return False
-    changed = changed_keys(load_run(config), load_run(job.config, job.keys))
+    changed = changed_keys(load_run(config), with_statistics(load_run(job.config, job.keys)))  # as the door saved it
     return not [key for key in changed if not key.startswith(KEYS_WITHOUT_EFFECT_ON_NUMBERS)]
 
 
