@@ -24,25 +24,22 @@ def _known(name: str, media: MediaConfig, *, data: DataConfig) -> MediaConfig:
         return media
     for source in scored_sources(data, name):
         variance = _variances(name, source, data=data)
-        if variance is not None:
-            if len(variance) != media.channels:
-                raise DataError(
-                    f"latents of {name} must have model.media.{name}.channels = {media.channels} channels, got "
-                    f"{len(variance)} in data.sources.{source}; change one of them"
-                )
-            return media.model_copy(update={"channel_variance": variance})
+        if len(variance) != media.channels:
+            raise DataError(
+                f"latents of {name} must have model.media.{name}.channels = {media.channels} channels, got "
+                f"{len(variance)} in data.sources.{source}; change one of them"
+            )
+        return media.model_copy(update={"channel_variance": variance})
     return media
 
 
-def _variances(modality: str, source: str, *, data: DataConfig) -> tuple[float, ...] | None:
-    """Of normalised channels, from a source's manifest; None if it holds nothing of the modality."""
-    latents = latents_of(manifest_of(data, source), modality)
-    if latents is None:
-        return None
+def _variances(modality: str, source: str, *, data: DataConfig) -> tuple[float, ...]:
+    """Of normalised channels, from a source's manifest."""
+    latents = latents_of(manifest_of(data, source), modality) or {}
     try:
         return tuple(max(FLOOR, value * latents["scale"] ** 2) for value in latents["channel_variance"])
     except (KeyError, TypeError) as error:
         raise DataError(
-            f"the manifest of data.sources.{source} must hold the statistics of {modality}, got: {error!r}; "
-            "prepare the data again"
+            f"the manifest of data.sources.{source} must hold the latents' statistics of {modality}, got: {error!r}; "
+            "set data.root or prepare the data again"
         ) from error
