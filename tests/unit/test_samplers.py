@@ -387,7 +387,7 @@ def test_ten_steps_of_dpm_solver_are_nearer_than_ten_of_euler(objective: MediaOb
 
 
 def test_dpm_solver_without_diffusers_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "diffusers", None)
+    monkeypatch.setitem(sys.modules, "diffusers.schedulers.scheduling_dpmsolver_multistep", None)
     with pytest.raises(ConfigError, match=r"--solver dpm needs diffusers.*--solver heun"):
         denoise(lambda x, _: x, torch.zeros(1), steps=2, solver="dpm")
 
