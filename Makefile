@@ -3,6 +3,8 @@
 # make oracle  what the real modules learn of a mixture of Gaussians: docs/results/gaussian_mixture.md (some CPU minutes)
 # make check   style, types, the rule of imports
 # make ablation-text   ways to hand text to the model, against each other: docs/results/text_frontends.md (some CPU hours)
+# make ablation-time   objectives of media and ways to tell t, against each other: docs/results/time_conditioning.md (some CPU hours)
+# make ablation-interference   does text help or hurt pictures and sounds in one trunk: docs/results/interference.md (an hour)
 # make env     sets up alone: one virtual environment, .venv
 # make clean   removes the environment and caches; runs/, data/ and cache/ stay
 
@@ -16,7 +18,7 @@ STAMP := .venv/.installed
 LOCK := $(shell command -v flock >/dev/null 2>&1 && echo flock .env.lock)
 FITS := import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
-.PHONY: env demo test test-slow oracle check ablation-text clean
+.PHONY: env demo test test-slow oracle check ablation-text ablation-time ablation-interference clean
 
 env:
 	@$(LOCK) $(MAKE) --silent --no-print-directory $(STAMP)
@@ -32,7 +34,7 @@ $(STAMP): pyproject.toml Makefile
 	else echo "Python 3.11 or 3.12 with its venv module must be on PATH, got neither; install one, or uv" >&2; exit 2; fi
 	@echo "setting up .venv: once, some minutes and up to some GB"
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[demo,dev]"
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[demo,media,dev]"
 	@touch $@
 
 demo: env
@@ -57,6 +59,16 @@ check: env
 ablation-text: env
 	bash slurm/prepare.sh configs/ablation/text/static.yaml
 	$(BIN)/python tools/ablate/text_frontends.py --seeds 0,1,2 --bytes 400000 --out runs/ablation/text --document docs/results/text_frontends.md
+
+# The same: a killed one goes on.
+ablation-time: env
+	bash slurm/prepare.sh configs/ablation/time/flow-add.yaml
+	$(BIN)/python tools/ablate/time_conditioning.py --seeds 0,1,2 --out runs/ablation/time --document docs/results/time_conditioning.md
+
+# Three single-modality arms and two joint ones, three seeds. Goes on where it stood likewise.
+ablation-interference: env
+	bash slurm/prepare.sh configs/ablation/interference/joint.yaml
+	$(BIN)/python tools/ablate/interference.py --seeds 0,1,2 --steps 160
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache *.egg-info

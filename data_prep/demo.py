@@ -30,7 +30,7 @@ from rich.table import Table
 from data_prep import minimal
 from data_prep.albums import all_albums
 from data_prep.clean import without_duplicates
-from data_prep.encode_latents import (
+from data_prep.demo_latents import (
     BUCKETS,
     Coded,
     encode_pictures,

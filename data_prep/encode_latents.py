@@ -1,138 +1,347 @@
-"""Pictures and sounds -> latents (float16, un-normalised), their statistics, and what coding costs."""
+"""Media -> shards of latents with their captions, by any autoencoder that was accepted.
+
+    python -m data_prep.encode_latents --autoencoder FOLDER --data MEDIA --out data/mine/images --buckets 8x8 \
+        [--processes 2] [--batch 16] [--device cpu] [--max-bad-samples 16] [--heldout-one-in 50]
+
+MEDIA is a folder of pictures, sounds or videos, or of WebDataset tars of them; a sample's caption is the `.txt` beside
+it (and `texts` in its `.json` captions in several languages). Folders train/ and heldout/ inside are the splits, else
+one in so many keys is held out by its hash. `data_prep.accept_autoencoder` comes before. Parts are kept beside OUT, so
+that a killed command goes on where it stood; OUT appears whole or not at all, with the autoencoder in it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import argparse
+import fcntl
+import functools
+import hashlib
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data_prep.records import Picture, Sound
-from matformer.autoencoders import MDCTPCA, PatchPCA
-from matformer.autoencoders.patch_pca import to_pixels, to_signed
-from matformer.errors import DataError
+from data_prep.accept_autoencoder import add_preparation, preparation_from
+from data_prep.encode_part import Coder, Job, PartEncoder
+from data_prep.media_items import parts_of
+from data_prep.preparation import SUFFIXES
+from data_prep.records import is_held_out
+from matformer.autoencoders import Autoencoder, load_autoencoder
+from matformer.autoencoders.acceptance import RECORD_FOLDER, Acceptance, require_accepted
+from matformer.data.shards import ShardReader, ShardWriter
+from matformer.errors import DataError, MatformerError
 
-FACTOR, PICTURE_CHANNELS = 8, 32
-HOP, SOUND_CHANNELS = 160, 64
-BUCKETS = (32, 64, 96, 128, 192, 256)
-CHUNK = 512
+log = logging.getLogger("data_prep.encode_latents")
 
-
-@dataclass(frozen=True, slots=True)
-class Coded:
-    """A sample's latent. length: cells that are not padding."""
-
-    moments: Float[np.ndarray, "C ..."]
-    length: int
-
-    @property
-    def bucket(self) -> list[int]:
-        """Shape of the grid."""
-        return list(self.moments.shape[1:])
+SPLITS = ("train", "heldout")
+AUTOENCODER = "autoencoder"
+BAD_FILE = "bad_samples.json"
 
 
-@dataclass(frozen=True, slots=True)
-class Normalisation:
-    """normalised = (mean - shift) * scale: a shift a channel, and one scale that makes the mean variance 1."""
+@dataclass(slots=True)
+class BadCount:
+    """Samples that were left out: reported, counted, too many stop the command."""
 
-    shift: list[float]
-    scale: float
-    variance: list[float]
-    minimum: list[float]
-    maximum: list[float]
+    limit: int
+    seen: list[dict[str, str]] = field(default_factory=list)
+
+    def add(self, found: Iterable[dict[str, str]]) -> None:
+        """Raises DataError beyond the limit."""
+        for one in found:
+            self.seen.append(one)
+            log.warning("left out %s of %s (%d so far): %s", one["key"], one["shard"], len(self.seen), one["reason"])
+        if len(self.seen) > self.limit:
+            last = self.seen[-1]
+            raise DataError(
+                f"at most {self.limit} samples may be bad, got {len(self.seen)}, the last: {last['key']} of "
+                f"{last['shard']}: {last['reason']}; repair them, or run the same command with a higher "
+                "--max-bad-samples (it goes on where it stood)"
+            )
+
+
+class ChannelSums:
+    """What the manifest says of latents, from running sums: memory does not grow with the data set."""
+
+    def __init__(self, channels: int) -> None:
+        self.count = 0
+        self.total, self.square = np.zeros(channels), np.zeros(channels)
+        self.least, self.most = np.full(channels, np.inf), np.full(channels, -np.inf)
+
+    def add(self, mean: np.ndarray) -> None:
+        """A latent [C, *grid] as it is stored."""
+        cells = mean.reshape(len(mean), -1).astype(np.float64)
+        self.count += cells.shape[1]
+        self.total += cells.sum(1)
+        self.square += np.einsum("cn,cn->c", cells, cells)
+        self.least, self.most = np.minimum(self.least, cells.min(1)), np.maximum(self.most, cells.max(1))
 
     def manifest(self) -> dict[str, Any]:
-        """As manifests carry it."""
+        """A shift a channel, and one scale that makes the mean variance 1. Raises DataError if nothing varies."""
+        mean = self.total / max(self.count, 1)
+        variance = np.maximum(self.square / max(self.count, 1) - mean**2, 0)
+        if not variance.mean() > 0:
+            raise DataError("latents must vary, got a variance of 0; check the media of this data set")
         return {
             "formula": "(mean - shift) * scale",
-            "shift": self.shift,
-            "scale": self.scale,
-            "channel_mean": self.shift,
-            "channel_variance": self.variance,
-            "channel_min": self.minimum,
-            "channel_max": self.maximum,
+            "shift": mean.tolist(),
+            "scale": float(1 / np.sqrt(variance.mean())),
+            "channel_mean": mean.tolist(),
+            "channel_variance": variance.tolist(),
+            "channel_min": self.least.tolist(),
+            "channel_max": self.most.tolist(),
         }
 
 
-def pixels_of(pictures: Sequence[Picture]) -> UInt8[torch.Tensor, "B 3 y x"]:
-    """All pictures as one tensor."""
-    return torch.from_numpy(np.stack([picture.pixels for picture in pictures])).movedim(3, 1).contiguous()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0, or 2 with one sentence on stderr."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    asked = _parser().parse_args(arguments)
+    try:
+        with _working(asked.out) as work:
+            autoencoder = load_autoencoder(asked.autoencoder)
+            record = require_accepted(autoencoder, folder=asked.autoencoder, record=asked.accepted)
+            coder = Coder(asked.autoencoder, preparation_from(asked, autoencoder), asked.batch, asked.device)
+            jobs = _jobs(asked, coder=coder, fingerprint=record.fingerprint, work=work)
+            bad = BadCount(asked.max_bad_samples)
+            encode(
+                list(itertools.chain(*jobs.values())), coder=coder, autoencoder=autoencoder, processes=asked.processes,
+                bad=bad,
+            )  # fmt: skip
+            _finish(asked, jobs, autoencoder=autoencoder, record=record, coder=coder, bad=bad, work=work)
+    except MatformerError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    except OSError as error:
+        sys.stderr.write(f"{asked.out} must be a folder that can be written, got: {error}; change --out\n")
+        return 2
+    log.info("data.root=%s data.sources.NAME.path=%s data.sources.NAME.form=pairs", asked.out.parent, asked.out.name)
+    return 0
 
 
-def fit_pictures(pictures: Sequence[Picture]) -> PatchPCA:
-    """The pictures' autoencoder."""
-    return PatchPCA.fit(pixels_of(pictures), factor=FACTOR, channels=PICTURE_CHANNELS)
-
-
-def fit_sounds(sounds: Sequence[Sound], *, sample_rate: int) -> MDCTPCA:
-    """The sounds' autoencoder."""
-    waves = [torch.from_numpy(sound.wave) for sound in sounds]
-    return MDCTPCA.fit(waves, hop=HOP, channels=SOUND_CHANNELS, sample_rate=sample_rate)
-
-
-def encode_pictures(pictures: Sequence[Picture], *, autoencoder: PatchPCA) -> dict[str, Coded]:
-    """Key -> latent [C, 8, 8]."""
-    coded = {}
-    for start in range(0, len(pictures), CHUNK):
-        part = pictures[start : start + CHUNK]
-        means = autoencoder.encode(to_signed(pixels_of(part))).mean.half().numpy()
-        coded.update({picture.key: Coded(mean, mean[0].size) for picture, mean in zip(part, means, strict=True)})
-    return coded
-
-
-def encode_sounds(sounds: Iterable[Sound], *, autoencoder: MDCTPCA) -> dict[str, Coded]:
-    """Key -> latent [C, T], T rounded up to a bucket with encoded silence; what is longer than all is left out."""
-    coded = {}
-    for sound in sounds:
-        length = autoencoder.num_cells(len(sound.wave))
-        bucket = next((cells for cells in BUCKETS if cells >= length), None)
-        if bucket is not None:
-            wave = np.zeros((1, 1, (bucket - 1) * HOP), np.float32)
-            wave[0, 0, : len(sound.wave)] = sound.wave
-            mean = autoencoder.encode(torch.from_numpy(wave)).mean[0].half().numpy()
-            coded[sound.key] = Coded(np.ascontiguousarray(mean), length)
-    return coded
-
-
-def fit_normalisation(coded: Iterable[Coded]) -> Normalisation:
-    """Statistics over all cells as they are stored, padding included, because that is scored too."""
-    cells = np.concatenate([item.moments.reshape(len(item.moments), -1) for item in coded], axis=1).astype(np.float64)
-    variance = cells.var(axis=1)
-    if not variance.mean() > 0:
-        raise DataError("latents must vary, got a variance of 0; check the media of this data set")
-    return Normalisation(
-        shift=cells.mean(axis=1).tolist(),
-        scale=float(1 / np.sqrt(variance.mean())),
-        variance=variance.tolist(),
-        minimum=cells.min(axis=1).tolist(),
-        maximum=cells.max(axis=1).tolist(),
+def encode(
+    jobs: Sequence[Job], *, coder: Coder, autoencoder: Autoencoder | None, processes: int, bad: BadCount
+) -> None:
+    """Every part that is not there yet. Raises DataError where too many samples are bad, or a process was killed."""
+    missing = [job for job in jobs if not job.folder.is_dir()]
+    total, start = sum(job.part.count for job in missing), time.monotonic()
+    for job in jobs:
+        if job.folder.is_dir():
+            bad.add(_bad_of(job))
+    rate, left_out = TextColumn("{task.fields[rate]:.1f} a second"), TextColumn("{task.fields[bad]} bad")
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        rate,
+        left_out,
+        TimeRemainingColumn(),
     )
+    with Progress(*columns, disable=not sys.stderr.isatty()) as progress:
+        task, done = progress.add_task("encoding", total=total, rate=0.0, bad=len(bad.seen)), 0
+        for job in _done(missing, coder=coder, autoencoder=autoencoder, processes=processes):
+            done += job.part.count
+            bad.add(_bad_of(job))
+            rate = done / (time.monotonic() - start)
+            progress.update(task, completed=done, rate=rate, bad=len(bad.seen))
+    seconds = time.monotonic() - start
+    log.info("encoded %d samples in %.1f s: %.1f a second", total, seconds, total / max(seconds, 1e-9))
 
 
-def picture_quality(pictures: Sequence[Picture], *, coded: dict[str, Coded], autoencoder: PatchPCA) -> dict[str, float]:
-    """Mean and 5th percentile over pictures of the peak signal-to-noise ratio in dB, from the stored latents."""
-    decibels = []
-    for start in range(0, len(pictures), CHUNK):
-        part = pictures[start : start + CHUNK]
-        latent = torch.from_numpy(np.stack([coded[picture.key].moments for picture in part])).float()
-        error = (to_pixels(autoencoder.decode(latent)).float() - pixels_of(part).float()).square().mean((1, 2, 3))
-        decibels += (10 * torch.log10(255**2 / error.clamp_min(1e-3))).tolist()
-    return {"psnr_db": float(np.mean(decibels)), "psnr_db_5th_percentile": float(np.percentile(decibels, 5))}
+def _done(jobs: Sequence[Job], *, coder: Coder, autoencoder: Autoencoder | None, processes: int) -> Iterator[Job]:
+    if processes <= 1 or len(jobs) <= 1:
+        yield from map(PartEncoder(coder, autoencoder=autoencoder).encode, jobs)
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["data_prep.encode_part"])  # torch is loaded once, and its memory shared
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_begin, initargs=(threads,)) as pool:
+        waiting: deque[Future[Job]] = deque()
+        try:
+            for job in jobs:
+                waiting.append(pool.submit(_encode_here, coder, job))
+                if len(waiting) > 2 * processes:  # a window: a million parts are not a million futures
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                "every process of the encoding must live to its end, got one that was killed (out of memory?); run the "
+                "same command again, it goes on where it stood, with a smaller --batch or --processes"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def sound_quality(sounds: Sequence[Sound], *, coded: dict[str, Coded], autoencoder: MDCTPCA) -> dict[str, float]:
-    """Signal-to-noise ratio in dB from the stored latents: mean over sounds, and of all their samples together."""
-    ratios, signal, noise = [], 0.0, 0.0
-    for sound in sounds:
-        if sound.key in coded:
-            latent = torch.from_numpy(coded[sound.key].moments)[None].float()
-            decoded = autoencoder.decode(latent)[0, 0, : len(sound.wave)].numpy()
-            power = float(np.square(sound.wave).sum())
-            error = float(np.square(decoded - sound.wave).sum())
-            if power > 0 and error > 0:
-                ratios.append(10 * np.log10(power / error))
-                signal, noise = signal + power, noise + error
-    return {"snr_db": float(np.mean(ratios)), "snr_db_all_samples": float(10 * np.log10(signal / noise))}
+def _begin(threads: int) -> None:
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_the_command, daemon=True).start()
+
+
+def _end_with_the_command() -> None:
+    """A killed command's processes would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+@functools.cache
+def _encoder(coder: Coder) -> PartEncoder:
+    """A process loads its autoencoder once."""
+    return PartEncoder(coder)
+
+
+def _encode_here(coder: Coder, job: Job) -> Job:
+    return _encoder(coder).encode(job)
+
+
+def _bad_of(job: Job) -> list[dict[str, str]]:
+    return ShardReader(job.folder).manifest["bad"]
+
+
+@contextmanager
+def _working(out: Path) -> Iterator[Path]:
+    """The folder beside OUT where parts are kept, locked: it is left when something fails, and gone at a clean exit.
+
+    Raises DataError if OUT exists or another command works on it.
+    """
+    out = out.absolute()
+    if out.exists():
+        raise DataError(f"{out} must not exist yet, got a folder or file; remove it or change --out")
+    work = out.with_name(f".{out.name}.encoding")
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(f"one command at a time may encode into {out}, got another; wait for it") from error
+        for left in work.glob(".*.writing-*"):  # of killed processes
+            shutil.rmtree(left)
+        yield work
+        shutil.rmtree(work)
+
+
+def _jobs(asked: argparse.Namespace, *, coder: Coder, fingerprint: str, work: Path) -> dict[str, list[Job]]:
+    """Parts by split; without folders of that name all are in `train`. A part's folder is named by all that made it."""
+    splits = [split for split in SPLITS if (asked.data / split).is_dir()]
+    roots = {split: asked.data / split for split in SPLITS} if len(splits) == 2 else {"train": asked.data}
+    jobs: dict[str, list[Job]] = {}
+    for split, root in roots.items():
+        parts = parts_of(root, suffixes=SUFFIXES[coder.preparation.modality], samples=asked.part_samples)
+        by = (fingerprint, coder.preparation, coder.batch, split)
+        names = [hashlib.sha256(repr((by, part.digest())).encode()).hexdigest()[:32] for part in parts]
+        jobs[split] = [Job(part, work / f"part-{name}") for part, name in zip(parts, names, strict=True)]
+    return jobs
+
+
+def _finish(
+    asked: argparse.Namespace,
+    jobs: dict[str, list[Job]],
+    *,
+    autoencoder: Autoencoder,
+    record: Acceptance,
+    coder: Coder,
+    bad: BadCount,
+    work: Path,
+) -> None:
+    """All parts as one data set, renamed into place at the end."""
+    whole = work / "whole"
+    shutil.rmtree(whole, ignore_errors=True)
+    acceptance = {name: value for name, value in record.manifest().items() if name not in ("latents", "preparation")}
+    modality = coder.preparation.modality
+    identity = {"modality": modality, **autoencoder.identity(), "folder": f"{asked.out.name}/{AUTOENCODER}"}
+    extra = {
+        "kind": "moments" if autoencoder.stochastic else "mean",
+        "modality": modality,
+        "autoencoder": identity | {"acceptance": acceptance},
+        "preparation": coder.preparation.manifest(),
+        "origin": asked.data.name,
+        "sources": [{"spec": asked.data.name, "licence": asked.licence, "attribution": asked.attribution}],
+    }
+    merge(jobs, out=whole, extra=extra, channels=autoencoder.channels, one_in=asked.heldout_one_in, bad=bad)
+    autoencoder.save(whole / AUTOENCODER)
+    record.save(whole / AUTOENCODER / RECORD_FOLDER)
+    (whole / BAD_FILE).write_text(json.dumps(bad.seen, indent=1) + "\n")
+    os.replace(whole, asked.out)
+
+
+def merge(
+    jobs: dict[str, list[Job]], *, out: Path, extra: dict[str, Any], channels: int, one_in: int, bad: BadCount
+) -> None:
+    """Parts -> OUT/train and OUT/heldout, both with the statistics of train. Raises DataError if one stays empty."""
+    sums, counts = ChannelSums(channels), {split: Counter() for split in SPLITS}
+    keys: dict[str, set[str]] = {split: set() for split in SPLITS}
+    writers = {split: ShardWriter(out / split, form="pairs", extra=extra | {"split": split}) for split in SPLITS}
+    with writers["train"], writers["heldout"]:
+        for given, job in ((given, job) for given, group in jobs.items() for job in group):
+            reader = ShardReader(job.folder)
+            for i in range(len(reader)):
+                members, key = reader.read(i), reader.key(i)
+                facts = json.loads(members["json"])
+                split = given if len(jobs) > 1 else _split_of(facts["base"], one_in=one_in)
+                if key in keys[split]:
+                    bad.add([{"shard": facts["source"], "key": key, "reason": "its key must be unique, got it twice"}])
+                    continue
+                keys[split].add(key)
+                writers[split].add(key, members)
+                counts[split].update(
+                    cells=int(np.prod(facts["bucket"])), **{_language(text): 1 for text in facts["texts"]}
+                )
+                if split == "train":
+                    sums.add(reader.array(i, "moments.npy")[:channels])
+        for split in SPLITS:
+            if not keys[split]:
+                raise DataError(
+                    f"split {split} must hold samples, got none of {sum(map(len, keys.values()))}; change "
+                    "--heldout-one-in, or bring folders train and heldout"
+                )
+            cells = counts[split].pop("cells")
+            languages = {name.removeprefix("lang:"): number for name, number in counts[split].most_common()}
+            writers[split].extra |= {"latents": sums.manifest(), "cells": cells, "languages": languages}
+            writers[split].extra |= {"bad_samples": len(bad.seen)}
+
+
+def _split_of(base: str, *, one_in: int) -> str:
+    return "heldout" if is_held_out(base, one_in=one_in) else "train"
+
+
+def _language(text: dict[str, str]) -> str:
+    return f"lang:{text['lang']}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--autoencoder", type=Path, required=True, help="folder that ours or diffusers wrote")
+    parser.add_argument("--data", type=Path, required=True, help="folder of media, or of WebDataset tars of them")
+    parser.add_argument("--out", type=Path, required=True, help="data set to be written; data.root is its parent")
+    parser.add_argument("--accepted", type=Path, help="folder of the acceptance; AUTOENCODER/acceptance by default")
+    add_preparation(parser)
+    parser.add_argument("--batch", type=int, default=16, help="samples that are encoded at once")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--part-samples", type=int, default=256, help="what a kill can cost: samples of a part")
+    parser.add_argument("--max-bad-samples", type=int, default=16, help="left out before the command stops")
+    parser.add_argument("--heldout-one-in", type=int, default=50, help="where MEDIA has no train/ and heldout/")
+    parser.add_argument("--licence", default="not stated", help="goes into the manifest")
+    parser.add_argument("--attribution", default="not stated", help="goes into the manifest")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

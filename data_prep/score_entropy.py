@@ -34,6 +34,7 @@ from matformer.data.patching import EntropyPatcher
 from matformer.data.shards import ShardReader, ShardWriter
 from matformer.data.texts import open_texts, texts_of
 from matformer.errors import DataError, MatformerError
+from matformer.files import write_whole
 
 log = logging.getLogger("data_prep.score_entropy")
 
@@ -115,9 +116,7 @@ def score_block(job: Job) -> Job:
     """Write the block's entropies (float32, one a symbol), whole or not at all."""
     model = load_entropy_model(job.model)
     nats = np.concatenate(entropies(model, texts_of(ShardReader(job.folder), job.block)))
-    beside = job.file.with_suffix(f".{os.getpid()}")
-    beside.write_bytes(npy(nats))
-    os.replace(beside, job.file)
+    write_whole(job.file, npy(nats))
     return job
 
 

@@ -51,10 +51,12 @@ def levelled(wave: Float[np.ndarray, " samples"]) -> Float[np.ndarray, " samples
     return (wave * min(LOUDNESS / power, PEAK / peak)).astype(np.float32)
 
 
-def resampled(wave: Float[np.ndarray, " n"], *, rate: int) -> Float[np.ndarray, " m"]:
-    """To 8 kHz from a higher rate, by cutting the spectrum at 4 kHz."""
-    step = math.gcd(rate, SAMPLE_RATE)
-    down, up = rate // step, SAMPLE_RATE // step
+def resampled(wave: Float[np.ndarray, " n"], *, rate: int, to: int = SAMPLE_RATE) -> Float[np.ndarray, " m"]:
+    """To another rate, by cutting or padding the spectrum."""
+    if rate == to:
+        return wave
+    step = math.gcd(rate, to)
+    down, up = rate // step, to // step
     blocks = -(-len(wave) // (down * FFT_BLOCK)) * FFT_BLOCK  # lengths without large prime factors: 100 times faster
     spectrum = np.fft.rfft(wave, blocks * down)[: blocks * up // 2 + 1]
     return np.fft.irfft(spectrum, blocks * up)[: len(wave) * up // down] * (up / down)

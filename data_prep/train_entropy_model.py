@@ -11,8 +11,6 @@ import argparse
 import itertools
 import logging
 import math
-import os
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +24,7 @@ from torch import Tensor
 from matformer.data.entropy import EntropyModel, EntropySettings, input_symbols
 from matformer.data.texts import open_texts
 from matformer.errors import DataError, MatformerError
+from matformer.files import whole_folder
 from matformer.shapes import END, NUM_TARGETS
 
 log = logging.getLogger("data_prep.train_entropy_model")
@@ -126,13 +125,10 @@ def _batch(texts: Iterator[bytes], num_symbols: int) -> tuple[Tensor, Tensor, Te
 
 def _save(model: EntropyModel, folder: Path) -> None:
     """Whole or not at all."""
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        model.save(beside)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(beside, folder)
+        with whole_folder(folder) as beside:
+            model.save(beside)
     except OSError as error:
-        shutil.rmtree(beside, ignore_errors=True)
         raise DataError(f"{folder} must be a folder that can be written, got: {error}; change --out") from error
 
 

@@ -19,6 +19,7 @@ from matformer.data.matching import matched, mean_patch
 from matformer.data.pieces import Pieces, train_pieces
 from matformer.data.texts import first_texts
 from matformer.errors import DataError, MatformerError
+from matformer.files import write_whole
 
 log = logging.getLogger("data_prep.train_sentencepiece")
 
@@ -62,13 +63,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _save(pieces: Pieces, path: Path) -> None:
     """Whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(pieces.model)
-        os.replace(beside, path)
+        write_whole(path, pieces.model)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise DataError(f"{path} must be a file that can be written, got: {error}; change --out") from error
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from data_prep.albums import Album, Shown
 from data_prep.clean import cut
-from data_prep.encode_latents import Coded
+from data_prep.demo_latents import Coded
 from data_prep.records import Document, Picture, Sample, Sound, number_of
 from data_prep.speech import SAMPLE_RATE
 from matformer.data.shards import ShardWriter

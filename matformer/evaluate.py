@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -14,12 +15,16 @@ from rich.table import Column, Table
 
 from matformer.engine.evaluate import Evaluation, evaluate_run
 from matformer.engine.restore import run_config
+from matformer.engine.sample_quality import DRAWS
 from matformer.errors import MatformerError
 from matformer.parallel.process import settle
+
+log = logging.getLogger(__name__)
 
 LOWER, HIGHER = -1, 1
 CHANCE_GAIN = 0.0
 HEAD = {"held out": 25, "this model": 15, "rival": 19, "": 15, "better by (stderr)": 18}  # columns and their widths
+BESIDE = ("_stderr", "_z", "_num_concepts", "_num_samples", "_real")  # ends of numbers that have no line of their own
 WIDTH = 110  # columns, so that no key is cut where there is no terminal
 
 
@@ -27,10 +32,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, or 2 with one sentence on stderr for a folder or a checkpoint that cannot be evaluated."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     asked = _parser().parse_args(arguments)
+    drawn = {name: value for name in ("steps", "guidance", "seed") if (value := getattr(asked, name)) is not None}
     try:
-        settle(run_config(asked.run).parallel.threads)
+        config = run_config(asked.run)
+        if drawn and not (config.eval.judged_samples if asked.judged_samples is None else asked.judged_samples):
+            log.warning("--%s has no effect without --judged-samples", ", --".join(drawn))
+        settle(config.parallel.threads)
         evaluation = evaluate_run(
-            asked.run, ema=asked.ema, text_bytes=asked.text_bytes, media_spans=asked.media_spans, data=asked.data
+            asked.run,
+            ema=asked.ema,
+            text_bytes=asked.text_bytes,
+            media_spans=asked.media_spans,
+            judged=asked.judged_samples,
+            draws=replace(DRAWS, **drawn),
+            data=asked.data,
         )
     except MatformerError as error:
         sys.stderr.write(f"{error}\n")
@@ -56,7 +71,7 @@ def table(evaluation: Evaluation, *, title: str) -> Table:
         box=None,
     )
     for name, value in numbers.items():
-        if name.endswith(("_stderr", "_z", "_num_concepts")) or "/below_" in name or name == "router/majority":
+        if name.endswith(BESIDE) or "/below_" in name or name == "router/majority":
             continue
         stderr = numbers.get(f"{name}_stderr")
         rivals = _rivals(name, numbers=numbers, baselines=evaluation.baselines)
@@ -78,12 +93,21 @@ def _rivals(
     part, number = name.split("/", 1)
     if number == "span_end_accuracy":
         return [("the commonest answer", numbers["router/majority"], None, HIGHER)]
-    if part == "captions":
+    if part == "captions" or number.endswith("_top1_gain"):
         return [("captions unused", CHANCE_GAIN, None, HIGHER)]
+    if part == "samples":
+        return _real_pictures(number, numbers=numbers)
     if number not in ("bits_per_byte", "flow_loss"):
         return []
     same = [key for key in baselines if key.startswith(f"{part}/") and not key.endswith("_stderr")]
     return [(key.split("/")[1], baselines[key], baselines.get(f"{key}_stderr"), LOWER) for key in same]
+
+
+def _real_pictures(number: str, *, numbers: dict[str, float]) -> list[tuple[str, float, float | None, int]]:
+    """What real pictures reach where drawn ones are judged."""
+    real = numbers.get(f"samples/{number}_real")
+    side = LOWER if number.endswith("_frechet") else HIGHER
+    return [] if real is None else [("real pictures", real, numbers.get(f"samples/{number}_real_stderr"), side)]
 
 
 def _measured(value: float, stderr: float | None) -> str:
@@ -102,6 +126,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="score this text data set's held-out split instead")
     parser.add_argument("--text-bytes", type=_natural, metavar="N", help="bytes of held-out text (the run's own)")
     parser.add_argument("--media-spans", type=_natural, metavar="N", help="spans of each modality (the run's own)")
+    parser.add_argument(
+        "--judged-samples", type=_natural, metavar="N", help="pictures drawn from held-out captions (the run's own)"
+    )
+    parser.add_argument("--steps", type=_positive, metavar="N", help=f"of denoising a judged picture ({DRAWS.steps})")
+    parser.add_argument("--guidance", type=float, metavar="W", help=f"of judged pictures ({DRAWS.guidance:g})")
+    parser.add_argument("--seed", type=_natural, metavar="N", help=f"of their noise ({DRAWS.seed})")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     return parser
 
@@ -111,6 +141,12 @@ def _natural(text: str) -> int:
     if number < 0:
         raise ValueError(text)
     return number
+
+
+def _positive(text: str) -> int:
+    if _natural(text) == 0:
+        raise ValueError(text)
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from matformer.coda.latent import LatentCoda
 from matformer.coda.text import TextCoda
 from matformer.coda.token import TokenCoda
 from matformer.config.schema import MediaConfig, ModelConfig, TextConfig
+from matformer.layers.cells import CellShape
 from matformer.layers.ngrams import NgramSettings
 from matformer.preludio.latent import LatentPreludio
 from matformer.preludio.text import TextPreludio
@@ -79,6 +80,10 @@ def _text_coda(model: ModelConfig) -> TextCoda | TokenCoda:
     )
 
 
+def _cells(media: MediaConfig) -> CellShape:
+    return CellShape(places_of_axes(media), patch=media.patch, rank=media.rank, channels=media.channels)
+
+
 def build_preludi(model: ModelConfig) -> dict[str, TextPreludio | TokenPreludio | LatentPreludio]:
     """One Preludio a modality, text first."""
     preludi: dict[str, TextPreludio | TokenPreludio | LatentPreludio] = {"text": _text_preludio(model)}
@@ -92,6 +97,8 @@ def build_preludi(model: ModelConfig) -> dict[str, TextPreludio | TokenPreludio 
             scaled=media.precondition != "none",
             time_conditioning="none" if media.causal else media.time_conditioning,
             causal=media.causal,
+            cells=_cells(media),
+            unet_width=media.unet_width,
         )
     return preludi
 
@@ -105,6 +112,11 @@ def build_code(model: ModelConfig) -> dict[str, TextCoda | TokenCoda | LatentCod
             atto_width=model.atto.width,
             width=media.coda_width,
             layers=media.coda_layers,
+            kind=media.coda,
+            heads=media.coda_heads,
+            window=media.coda_window,
+            cells=_cells(media),
+            unet_width=media.unet_width,
             places=places_of_axes(media),
             objective=media.prediction,
             scaled=media.precondition != "none",

@@ -9,7 +9,6 @@ import argparse
 import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 import yaml
 
 from matformer.errors import ConfigError, MatformerError
+from matformer.files import write_whole
 from matformer.observe import gallery, page
 from matformer.observe.curves import Level, Series, panel
 from matformer.observe.progress import amount_text, duration_text
@@ -98,9 +98,7 @@ def write_report(run_folder: Path) -> Path:
     material = gather(folder)
     parts = [section(material) for section in SECTIONS]
     path = folder / "report.html"
-    beside = folder / f".report.html.{os.getpid()}"
-    beside.write_text(page.document(f"{material.name} · Matformer", parts), encoding="utf-8")
-    os.replace(beside, path)
+    write_whole(path, page.document(f"{material.name} · Matformer", parts).encode())
     return path
 
 
@@ -263,7 +261,21 @@ def _claims(material: Material) -> list[Claim]:
         unit = f"{_loss_words(material.loss_of(name))} added by captions of other concepts, higher is better"
         zero = (("zero", 0.0, None),)
         claims.append(Claim(f"Captions used: {name}", unit, f"captions/{name}_gain", zero, True))
-    return claims
+    return [*claims, *(_drawn(name, material=material) for name in material.media)]
+
+
+def _drawn(name: str, *, material: Material) -> Claim:
+    """Generated media whose kind a classifier of real ones recognises."""
+    key = f"samples/{name}_top1"
+
+    def rival(label: str, end: str) -> tuple[str, float | None, float | None]:
+        averaged, last = ((material.last(f"{part}/{key}{end}"), part) for part in ("heldout_ema", "heldout"))
+        value, part = last if averaged[0] is None else averaged
+        return label, value, material.last(f"{part}/{key}{end}_stderr")
+
+    rivals = (rival("captions of other concepts", "_shuffled"), rival("real ones", "_real"))
+    unit = "share that a classifier takes for the kind asked for, higher is better"
+    return Claim(f"Drawn from captions: {name}", unit, key, rivals, True, below=f"{key}_gain")
 
 
 def _claim_row(claim: Claim, *, material: Material) -> list[str] | None:
@@ -391,7 +403,9 @@ def _router_curve(material: Material) -> list[str]:
 
 def _step_curves(material: Material) -> list[str]:
     panels = _curve(material, "Gradient norm", "grad_norm", ink="other", log=True)
-    return panels + _curve(material, "Learning rate", "lr", ink="other")
+    panels += _curve(material, "Learning rate", "lr", ink="other")
+    cosine = "gradients/atto/text_media_cosine"
+    return panels + _curve(material, "Gradients of text and media in the Atto", cosine, ink="other", unit="cosine")
 
 
 def _rate_curve(material: Material) -> list[str]:
@@ -475,6 +489,7 @@ SECTIONS: tuple[Callable[[Material], str], ...] = (
     learned,
     curves,
     lambda material: gallery.pictures(material.samples, material.folder / "samples"),
+    lambda material: gallery.films(material.samples, material.folder / "samples"),
     lambda material: gallery.sounds(material.samples, material.folder / "samples"),
     lambda material: gallery.captions(material.samples, material.folder / "samples"),
     lambda material: gallery.texts(material.samples, material.folder / "samples"),

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -18,9 +18,11 @@ from matformer.config.schema import RunConfig
 from matformer.data.patching import build_patcher
 from matformer.data.sources import TextSpan, text_span
 from matformer.engine.continuation import AUTO, continue_rows
-from matformer.engine.draws import Draws, Row, Span
+from matformer.engine.draws import Draws, Row, Solver, Span
 from matformer.engine.media import MediaCodec, load_codec
+from matformer.engine.motion import animated
 from matformer.engine.restore import load_for_inference
+from matformer.engine.video_file import write_mp4
 from matformer.errors import ConfigError, DataError, MatformerError
 from matformer.parallel.process import settle
 
@@ -51,9 +53,10 @@ def _sample(asked: argparse.Namespace) -> None:
     opening = _opening(asked, config, codecs=codecs)
     rows = [Row(number, *opening) for number in range(asked.num)]
     given = len(opening[0])
+    spans = asked.max_spans if asked.want == AUTO else asked.spans
     names = ("seed", "temperature", "top_p", "max_bytes", "steps", "guidance", "solver")
     draws = Draws(**{name: getattr(asked, name) for name in names})
-    continue_rows(model, rows, want=asked.want, config=config, draws=draws, max_spans=asked.max_spans)
+    continue_rows(model, rows, want=asked.want, config=config, draws=draws, max_spans=spans)
     _make_folder(asked.out)
     samples = [_written(row, given=given, out=asked.out, config=config, codecs=codecs) for row in rows]
     record = {
@@ -120,6 +123,12 @@ def _written(
         codec.write(out / f"{name}{codec.suffix}", codec.decode(span.latent))
         bucket = list(span.latent.shape[1:])
         written.append({"modality": span.modality, "file": f"{name}{codec.suffix}", "bucket": bucket})
+    moved = animated(row.spans, lambda modality: _codec(modality, config, codecs=codecs)) if written else None
+    if moved is not None:
+        frames, fps = moved
+        name = f"sample-{row.number:03d}-animated.mp4"
+        write_mp4(out / name, frames, fps=fps)
+        written.append({"modality": "animation", "file": name, "frames": len(frames)})
     return written
 
 
@@ -128,12 +137,19 @@ def _show(record: dict[str, Any], *, seconds: float, out: Path) -> None:
     table = Table("file", "modality", "what", title=title, title_justify="left", box=None)
     for spans in record["samples"]:
         for span in spans:
-            what = repr(span["text"]) if "text" in span else " x ".join(map(str, span["bucket"])) + " latent cells"
-            table.add_row(str(out / span["file"]), span["modality"], what)
+            table.add_row(str(out / span["file"]), span["modality"], _what(span))
     console = Console(markup=False)
     console.print(table)
     if not any(record["samples"]):
         console.print("The router ended every document at once: nothing was written but samples.json.")
+
+
+def _what(span: dict[str, Any]) -> str:
+    if "text" in span:
+        return repr(span["text"])
+    if "frames" in span:
+        return f"the picture, moved: {span['frames']} frames"
+    return " x ".join(map(str, span["bucket"])) + " latent cells"
 
 
 def _name(path: Path | None) -> str | None:
@@ -146,6 +162,7 @@ def _check(asked: argparse.Namespace) -> None:
         ("num", asked.num >= 1, "at least 1"),
         ("max-bytes", asked.max_bytes >= 1, "at least 1"),
         ("max-spans", asked.max_spans >= 1, "at least 1"),
+        ("spans", asked.spans >= 1, "at least 1"),
         ("temperature", asked.temperature >= 0, "at least 0"),
         ("guidance", asked.guidance >= 0, "at least 0"),
         ("top-p", 0 < asked.top_p <= 1, "above 0 and at most 1"),
@@ -170,9 +187,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, default=standard.top_p, help="probability mass that may be drawn")
     parser.add_argument("--max-bytes", type=int, default=standard.max_bytes, help="new bytes of a text span")
     parser.add_argument("--max-spans", type=int, default=8, help="new spans under auto")
+    parser.add_argument("--spans", type=int, default=1, help="new media spans of --want: of motion one is a frame")
     parser.add_argument("--steps", type=int, default=standard.steps, help="of denoising")
     parser.add_argument("--guidance", type=float, default=standard.guidance, help="1 is none")
-    parser.add_argument("--solver", choices=("euler", "heun"), default=standard.solver)
+    parser.add_argument("--solver", choices=get_args(Solver), default=standard.solver)
     parser.add_argument("--no-ema", dest="ema", action="store_false", help="the last weights, not their average")
     return parser
 

@@ -204,3 +204,50 @@ def write_text(folder: Path, *, blocks: list[list[bytes]]) -> None:
                 "json": json.dumps([{"key": str(i)} for i in range(len(documents))]).encode(),
             }
             writer.add(f"block-{number}", members)
+
+
+def tiny_diffusers(name: str, *, seed: int = 0) -> Any:
+    """A random autoencoder of diffusers with a few hundred to thousand weights."""
+    import diffusers
+
+    torch.manual_seed(seed)
+    settings: dict[str, dict[str, Any]] = {
+        "AutoencoderKL": {
+            "block_out_channels": (8, 8),
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+            "latent_channels": 4,
+            "norm_num_groups": 2,
+            "sample_size": 16,
+        },
+        "AutoencoderDC": {
+            "latent_channels": 4,
+            "attention_head_dim": 4,
+            "encoder_block_out_channels": (8, 8),
+            "decoder_block_out_channels": (8, 8),
+            "encoder_layers_per_block": (1, 1),
+            "decoder_layers_per_block": (1, 1),
+            "encoder_qkv_multiscales": ((), ()),
+            "decoder_qkv_multiscales": ((), ()),
+            "encoder_block_types": "ResBlock",
+            "decoder_block_types": "ResBlock",
+        },
+        "AutoencoderKLWan": {
+            "base_dim": 4,
+            "z_dim": 4,
+            "dim_mult": [1, 1, 1],
+            "num_res_blocks": 1,
+            "temperal_downsample": [True, True],
+            "latents_mean": [0.0, 1.0, 2.0, 3.0],
+            "latents_std": [2.0] * 4,
+        },
+        "AutoencoderOobleck": {
+            "encoder_hidden_size": 8,
+            "downsampling_ratios": [2, 4],
+            "channel_multiples": [1, 2],
+            "decoder_channels": 4,
+            "decoder_input_channels": 4,
+            "sampling_rate": 8000,
+        },
+    }
+    return getattr(diffusers, name)(**settings[name]).eval()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 SETTINGS_FILE = "autoencoder.json"
 WEIGHTS_FILE = "autoencoder.safetensors"
+LOGVAR_RANGE = (-30.0, 20.0)
+"""Log-variances are clamped to it, as diffusers does: float16 holds them, and none makes a sample infinite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +34,22 @@ class Autoencoder(nn.Module, ABC):
 
     Pixels run from -1 to 1, sound is the waveform in full-scale units.
     kind: its name in the saved file. channels: C. downsampling: media samples of a latent cell along each axis.
-    sample_rate: Hz where the medium is sound, else None.
+    media_channels: channels_in. sample_rate: Hz where the medium is sound, else None.
+    stochastic: whether `encode` gives a log-variance.
+    has_pictures: whether media of two axes are pictures and of three are video; else they are arrays alone.
+    shift, scale: the normalisation (mean - shift) * scale its makers trained with, one number for all channels or one a
+    channel; None where they left none.
     """
 
-    kind: ClassVar[str]
+    kind: str
     channels: int
     downsampling: tuple[int, ...]
+    media_channels: int
     sample_rate: int | None = None
+    stochastic: bool = False
+    has_pictures: bool = True
+    shift: tuple[float, ...] | None = None
+    scale: tuple[float, ...] | None = None
 
     @abstractmethod
     def encode(self, media: Float[Tensor, "B c *axes"]) -> Moments:
@@ -55,10 +67,34 @@ class Autoencoder(nn.Module, ABC):
         """Media through the latent's mean and back."""
         return self.decode(self.encode(media).mean)
 
+    def media_axes(self, grid: Sequence[int]) -> tuple[int, ...]:
+        """Pixels, frames or samples whose latent has this grid."""
+        return tuple(cells * factor for cells, factor in zip(grid, self.downsampling, strict=True))
+
+    @property
+    def modality(self) -> str:
+        """What it codes, by the name that configs give it."""
+        if self.sample_rate is not None:
+            return "audio"
+        return {2: "image", 3: "video"}.get(len(self.downsampling), "tensor") if self.has_pictures else "tensor"
+
+    def identity(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        return {
+            "kind": self.kind,
+            "fingerprint": self.fingerprint,
+            "channels": self.channels,
+            "downsampling": list(self.downsampling),
+            "media_channels": self.media_channels,
+            "sample_rate": self.sample_rate,
+            "shift": list(self.shift) if self.shift else None,
+            "scale": list(self.scale) if self.scale else None,
+        }
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of what `save` writes: of the settings, then of the weights."""
-        return _digest(self._settings_bytes(), weights=self._weights_bytes())
+        return hashlib.sha256(self._settings_bytes() + self._weights_bytes()).hexdigest()
 
     def save(self, folder: Path) -> None:
         """Write settings (JSON) and weights (safetensors) into `folder`, which is made when missing."""
@@ -84,7 +120,3 @@ def principal_axes(second_moment: Float[Tensor, "n n"], *, num_axes: int) -> Flo
     axes = vectors.flip(1).T[:num_axes]
     largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
     return (axes * largest.sign()).float().contiguous()
-
-
-def _digest(settings: bytes, *, weights: bytes) -> str:
-    return hashlib.sha256(settings + weights).hexdigest()

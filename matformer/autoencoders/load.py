@@ -3,24 +3,45 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 
 from matformer.autoencoders.base import SETTINGS_FILE, WEIGHTS_FILE, Autoencoder
+from matformer.autoencoders.clip_pca import ClipPCA
+from matformer.autoencoders.convolutional import ConvolutionalAutoencoder
+from matformer.autoencoders.from_diffusers import is_diffusers_folder, load_diffusers
 from matformer.autoencoders.mdct_pca import MDCTPCA
+from matformer.autoencoders.motion_field import MotionField
 from matformer.autoencoders.patch_pca import PatchPCA
 from matformer.errors import DataError
 
-KINDS: dict[str, type[PatchPCA | MDCTPCA]] = {PatchPCA.kind: PatchPCA, MDCTPCA.kind: MDCTPCA}
+KINDS: dict[str, Callable[..., Autoencoder]] = {
+    PatchPCA.kind: PatchPCA,
+    MDCTPCA.kind: MDCTPCA,
+    ClipPCA.kind: ClipPCA,
+    MotionField.kind: MotionField,
+    ConvolutionalAutoencoder.kind: ConvolutionalAutoencoder,
+}
 
 
 def load_autoencoder(folder: Path, *, fingerprint: str | None = None) -> Autoencoder:
-    """Read what `Autoencoder.save` wrote; with `fingerprint`, insist that it is that very one.
+    """Read what `Autoencoder.save` or diffusers wrote; with `fingerprint`, insist that it is that very one.
 
     Raises DataError if a file is missing or damaged, the kind is unknown, or the fingerprint differs.
     """
+    autoencoder = load_diffusers(folder) if is_diffusers_folder(folder) else _load_own(folder)
+    if fingerprint is not None and autoencoder.fingerprint != fingerprint:
+        raise DataError(
+            f"the autoencoder in {folder} must have fingerprint {fingerprint}, got {autoencoder.fingerprint}; "
+            "use the one that encoded the data set, or prepare data.root again"
+        )
+    return autoencoder.eval()
+
+
+def _load_own(folder: Path) -> Autoencoder:
     try:
         record = json.loads((folder / SETTINGS_FILE).read_bytes())
         state = safetensors.torch.load((folder / WEIGHTS_FILE).read_bytes())
@@ -39,9 +60,4 @@ def load_autoencoder(folder: Path, *, fingerprint: str | None = None) -> Autoenc
         raise DataError(
             f"the weights in {folder} must fit their settings, got {error}; prepare data.root again"
         ) from error
-    if fingerprint is not None and autoencoder.fingerprint != fingerprint:
-        raise DataError(
-            f"the autoencoder in {folder} must have fingerprint {fingerprint}, got {autoencoder.fingerprint}; "
-            "use the one that encoded the data set, or prepare data.root again"
-        )
-    return autoencoder.eval()
+    return autoencoder

@@ -9,7 +9,8 @@ aliasing cancellation", equations 1 to 4; ours is orthonormal, as one matrix [N,
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, final
+from collections.abc import Sequence
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
@@ -50,7 +51,8 @@ class MDCTPCA(Autoencoder):
     The axes pass through the origin (no mean is taken off), so silence is exactly zero in every channel.
     """
 
-    kind: ClassVar[str] = "mdct_pca"
+    kind = "mdct_pca"
+    media_channels = 1
     axes: Tensor
     matrix: Tensor
 
@@ -79,16 +81,24 @@ class MDCTPCA(Autoencoder):
         """T of a sound of so many samples."""
         return math.ceil(num_samples / self.hop) + 1
 
+    def media_axes(self, grid: Sequence[int]) -> tuple[int, ...]:
+        """One cell less than the grid: half a frame of silence stands at either end."""
+        return ((grid[0] - 1) * self.hop,)
+
     def encode(self, media: Float[Tensor, "B c *axes"]) -> Moments:
-        """Deterministic. Raises DataError unless there is one channel of sound."""
-        if media.shape[1] != 1:
-            raise DataError(f"sound must have 1 channel, got {media.shape[1]}; mix the source down")
+        """Deterministic. Raises DataError as `check`."""
+        self.check(media)
         frames = mdct(media[:, 0], matrix=self.matrix)
         return Moments(mean=(frames @ self.axes.T).movedim(2, 1))
 
     def decode(self, latent: Float[Tensor, "B C *grid"]) -> Float[Tensor, "B c *axes"]:
         frames = latent.movedim(1, 2) @ self.axes
         return inverse_mdct(frames, matrix=self.matrix)[:, None]
+
+    def check(self, media: Float[Tensor, "B c *axes"]) -> None:
+        """Raises DataError unless there is one channel of sound."""
+        if media.shape[1] != 1:
+            raise DataError(f"sound must have 1 channel, got {media.shape[1]}; mix the source down")
 
     def settings(self) -> dict[str, Any]:
         return {"hop": self.hop, "channels": self.channels, "sample_rate": self.sample_rate}

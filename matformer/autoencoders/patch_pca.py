@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float, UInt8
@@ -22,7 +22,8 @@ class PatchPCA(Autoencoder):
     The channels are uncorrelated over the pictures of the fit and ordered by variance.
     """
 
-    kind: ClassVar[str] = "patch_pca"
+    kind = "patch_pca"
+    media_channels = 3
     mean: Tensor
     axes: Tensor
 
@@ -56,18 +57,22 @@ class PatchPCA(Autoencoder):
         return autoencoder.eval()
 
     def encode(self, media: Float[Tensor, "B c *axes"]) -> Moments:
-        """Deterministic. Raises DataError unless height and width are multiples of the factor."""
-        if media.shape[2] % self.factor or media.shape[3] % self.factor:
-            raise DataError(
-                f"height and width must be multiples of {self.factor}, got {tuple(media.shape[2:])}; "
-                "resize the pictures"
-            )
+        """Deterministic. Raises DataError as `check`."""
+        self.check(media)
         patches = functional.pixel_unshuffle(media, self.factor) - self.mean[:, None, None]
         return Moments(mean=torch.einsum("bnyx,cn->bcyx", patches, self.axes))
 
     def decode(self, latent: Float[Tensor, "B C *grid"]) -> Float[Tensor, "B c *axes"]:
         patches = torch.einsum("bcyx,cn->bnyx", latent, self.axes) + self.mean[:, None, None]
         return functional.pixel_shuffle(patches, self.factor)
+
+    def check(self, media: Float[Tensor, "B c *axes"]) -> None:
+        """Raises DataError unless height and width are multiples of the factor."""
+        if media.shape[2] % self.factor or media.shape[3] % self.factor:
+            raise DataError(
+                f"height and width must be multiples of {self.factor}, got {tuple(media.shape[2:])}; "
+                "resize the pictures"
+            )
 
     def settings(self) -> dict[str, Any]:
         return {"factor": self.factor, "channels": self.channels}

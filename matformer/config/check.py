@@ -184,6 +184,14 @@ def check_loss_weighting(config: RunConfig) -> None:
         )
 
 
+def check_coda_heads(config: RunConfig) -> None:
+    """Heads of a Coda that attends share its width, each of an even size for its rotary pairs."""
+    for name, media in config.model.media.items():
+        if media.coda == "dit":
+            width, heads = f"model.media.{name}.coda_width", f"model.media.{name}.coda_heads"
+            _divides(2 * media.coda_heads, media.coda_width, f"twice {heads}", width)
+
+
 def check_next_latent(config: RunConfig) -> None:
     """No noised patch stands in the sequence: nothing there could be told its time."""
     for name, media in config.model.media.items():
@@ -192,6 +200,12 @@ def check_next_latent(config: RunConfig) -> None:
             f"model.media.{name}.time_conditioning must be none, add or adaln_preludio_coda for objective next_latent "
             f"(the Atto sees no noised patch), got {media.time_conditioning}; change "
             f"model.media.{name}.time_conditioning or model.media.{name}.objective",
+        )
+        _must(
+            not media.causal or (media.coda != "dit" and media.unet_width == 0),
+            f"model.media.{name}.coda must be linear or mlp and unet_width 0 for objective next_latent (no patch may "
+            f"see later ones), got {media.coda} and {media.unet_width}; change model.media.{name}.coda, "
+            f"model.media.{name}.unet_width or model.media.{name}.objective",
         )
         if not media.causal and media.next_latent != NextLatentConfig():
             log.warning(
@@ -224,16 +238,21 @@ def check_sources(config: RunConfig) -> None:
     media = ", ".join(config.model.media) or "none"
     for name, source in config.data.sources.items():
         key = f"data.sources.{name}"
-        if source.form == "pairs":
+        _must(
+            source.form == "pairs" or source.shows == "both",
+            f"{key}.shows must be both for form {source.form}, got {source.shows}; change {key}.shows",
+        )
+        if source.form == "pairs" and source.shows != "caption":
             _must(
                 source.modality in config.model.media,
                 f"{key}.modality must be one of model.media ({media}) for form pairs, got {source.modality}; change "
                 f"{key}.modality",
             )
         else:
+            what = "shows caption" if source.form == "pairs" else f"form {source.form}"
             _must(
                 source.modality is None,
-                f"{key}.modality must be absent for form {source.form}, got {source.modality}; change {key}.form",
+                f"{key}.modality must be absent for {what}, got {source.modality}; change {key}.modality",
             )
         path = PurePath(source.path)
         _must(
@@ -269,6 +288,16 @@ def check_zero(config: RunConfig) -> None:
         parallel.zero_stage == 1 or parallel.pp == 1,
         f"parallel.zero_stage must be 1 when parallel.pp is more than 1, got {parallel.zero_stage} and {parallel.pp}; "
         "change parallel.zero_stage",
+    )
+
+
+def check_gradients(config: RunConfig) -> None:
+    """A loss's own gradient takes a backward outside the schedule and whole weights."""
+    parallel, every = config.parallel, config.run.gradients_every_steps
+    _must(
+        every == 0 or (parallel.pp == 1 and parallel.zero_stage <= 2),
+        f"parallel.pp must be 1 and parallel.zero_stage at most 2 where run.gradients_every_steps is set, got "
+        f"{parallel.pp} and {parallel.zero_stage}; change run.gradients_every_steps",
     )
 
 
@@ -343,12 +372,14 @@ RULES = (
     check_media_names,
     check_media_buckets,
     check_loss_weighting,
+    check_coda_heads,
     check_next_latent,
     check_sequence,
     check_sources,
     check_degrees,
     check_sequence_parallel,
     check_zero,
+    check_gradients,
     check_host,
     check_batches,
     check_optimizer,

@@ -6,7 +6,6 @@ import copy
 import difflib
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from pydantic import ValidationError
 
 from matformer.config.schema import RunConfig, Section
 from matformer.errors import ConfigError
+from matformer.files import write_whole
 
 Tree = dict[str, Any]
 
@@ -109,12 +109,7 @@ def parse(tree: Mapping[str, Any]) -> RunConfig:
 def save_resolved(config: RunConfig, path: Path) -> None:
     """Write every key with its value; `load_run` reads it back equal. The file appears whole or not at all."""
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    write_whole(path, text.encode())
 
 
 def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:

@@ -16,6 +16,7 @@ TimeConditioning = Literal["none", "add", "token", "adaln_preludio_coda", "adaln
 TimeSampler = Literal["uniform", "logit_normal", "mode"]
 LossWeighting = Literal["none", "min_snr", "cosmap"]
 MediaContext = Literal["clean_copy", "noised"]
+CodaKind = Literal["linear", "mlp", "dit"]
 Ngrams = tuple[Annotated[int, Field(ge=2)], ...]
 
 
@@ -98,7 +99,21 @@ class MediaConfig(Section):
     patch: Positive = Field(description="latent cells of a patch along each axis")
     buckets: tuple[tuple[Positive, ...], ...] = Field(description="shapes of the grid, in latent cells, ascending")
     coda_width: Positive = Field(description="inner width of the Coda's blocks")
-    coda_layers: Positive = Field(default=2, description="residual blocks of the Coda")
+    coda_layers: Positive = Field(default=2, description="residual blocks of the Coda; linear has none")
+    coda: CodaKind = Field(
+        default="mlp",
+        description="from a latent and its noised patch to the answer: linear maps, a residual MLP a patch, or (DiT) "
+        "the same with attention to the span's other patches before each block",
+    )
+    unet_width: Natural = Field(
+        default=0,
+        description="channels of convolutions over latent cells, in the Preludio before patches are cut and in the "
+        "Coda after they are predicted (a U-Net of one level); 0 has none",
+    )
+    coda_heads: Positive = Field(default=4, description="dit: heads of its attention; divides coda_width")
+    coda_window: Positive = Field(
+        default=64, description="dit: patches that a patch looks ahead and back in raster order, itself included"
+    )
     channel_variance: tuple[Annotated[float, Field(gt=0.0)], ...] | None = Field(
         default=None,
         description="of each channel, normalised; for `precondition: channel`, from the data set's manifest if absent",
@@ -196,6 +211,9 @@ class SourceConfig(Section):
     path: str = Field(description="data set folder under data.root, holding the splits train/ and heldout/")
     form: Literal["text", "pairs", "documents"]
     modality: str | None = Field(default=None, description="form pairs: the latent modality")
+    shows: Literal["both", "caption", "medium"] = Field(
+        default="both", description="form pairs: what a document holds; of one alone nothing else is seen"
+    )
     weight: float = Field(gt=0.0, description="share of the mixture, in latents")
     generate_probability: Fraction = Field(
         default=0.7, description="form pairs: chance of caption -> media; otherwise media -> caption"
@@ -279,6 +297,9 @@ class EvalConfig(Section):
     final_text_bytes: Natural | None = Field(default=None, description="text_bytes when the run is done, if others")
     final_media_spans: Natural | None = Field(default=None, description="media_spans when the run is done, if others")
     captioned_spans: Natural = Field(default=128, description="held-out media of the caption test when the run is done")
+    judged_samples: Natural = Field(
+        default=0, description="pictures that are drawn from held-out captions and judged when the run is done"
+    )
 
 
 class RunSection(Section):
@@ -289,6 +310,11 @@ class RunSection(Section):
     save_every_steps: Positive = 200
     keep_checkpoints: Positive = 2
     log_every_steps: Positive = 1
+    gradients_every_steps: Natural = Field(
+        default=0,
+        description="log cosines and norm ratios of the losses' gradients on each layer of the Atto (gradients/...); "
+        "costs a forward and a backward for each loss, and two float32 copies of the Atto for each; 0 never does",
+    )
     wandb: Literal["offline", "online", "disabled"] = "offline"
     report: bool = Field(default=True, description="write report.html at the end")
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from matformer.config.schema import ModelConfig, RunConfig
+from matformer.data.coders import check_same
 from matformer.data.mixture import BadSamples, Mixture
 from matformer.data.packing import (
     Piece,
@@ -96,6 +97,7 @@ class Loader:
         self.sources = {
             name: open_source(name, data=config.data, model=config.model, split=split) for name in config.data.sources
         }
+        check_same({source.reader.folder: source.reader.manifest for source in self.sources.values()})
         self._rank, self._dp_size = dp_rank, dp_size
         self._own = range(dp_rank, config.data.lanes, dp_size)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="loader", initializer=_alone) if prefetch else None

@@ -174,19 +174,20 @@ class ShardReader:
                 raise ValueError(f"npy version {version}")
             shape, fortran, dtype = np.lib.format.read_array_header_1_0(head)
         except ValueError as error:
-            raise DataError(f"{self._where(i, name)} must be a .npy array of version 1.0, got: {error}") from error
+            raise DataError(f"{self.where(i, name)} must be a .npy array of version 1.0, got: {error}") from error
         if fortran or dtype.hasobject:
-            raise DataError(f"{self._where(i, name)} must be a plain array in C order, got {dtype}, fortran={fortran}")
+            raise DataError(f"{self.where(i, name)} must be a plain array in C order, got {dtype}, fortran={fortran}")
         return dtype, shape, head.tell()
 
-    def _where(self, i: int, name: str) -> str:
+    def where(self, i: int, name: str) -> str:
+        """A member of sample i by key and shard, for errors."""
         number, key, _ = self._samples[i]
         return f"member {name} of key {key} in shard {self.folder / self.manifest['shards'][number]['name']}.tar"
 
     def _raw(self, i: int, name: str) -> memoryview:
         number, _, members = self._samples[i]
         if name not in members:
-            raise DataError(f"{self._where(i, name)} must exist, got members {sorted(members)}; prepare the data again")
+            raise DataError(f"{self.where(i, name)} must exist, got members {sorted(members)}; prepare the data again")
         start = members[name].offset
         return memoryview(self._map(number))[start : start + members[name].size]
 
@@ -194,7 +195,7 @@ class ShardReader:
         data = self._raw(i, name)
         expected, seen = self._samples[i][2][name].sha256, hashlib.sha256(data).hexdigest()
         if expected != seen:
-            where = self._where(i, name)
+            where = self.where(i, name)
             raise DataError(f"{where} must have digest {expected}, got {seen}; prepare the data set again")
         return data
 

@@ -6,7 +6,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,8 @@ from typing import Any, Literal
 import numpy as np
 
 from matformer.config.schema import DataConfig, MediaConfig, ModelConfig, SourceConfig
+from matformer.data.coders import check_accepted, coders_of
+from matformer.data.holdings import latents_of
 from matformer.data.patching import Patcher, build_patcher, text_symbols
 from matformer.data.shards import ShardReader
 from matformer.errors import DataError
@@ -67,19 +69,22 @@ def cut_span(data: bytes, lengths: np.ndarray, patcher: Patcher, *, ended: bool 
     return TextSpan(data, lengths, ended, patcher.tokens(data, lengths))
 
 
-def media_span(latent: np.ndarray, modality: str, *, media: MediaConfig, role: Role) -> MediaSpan:
-    """A media span of a normalised latent [C, *grid].
+def media_span(
+    latent: np.ndarray, modality: str, *, media: MediaConfig, role: Role, where: str | None = None
+) -> MediaSpan:
+    """A media span of a normalised latent [C, *grid]; `where` says in errors what it was read from.
 
     Raises DataError if its channels or grid are not the model's, or it holds what is not finite.
     """
     channels, *grid = latent.shape
+    place = f" in {where}" if where else ""
     if channels != media.channels or tuple(grid) not in media.buckets:
         raise DataError(
             f"a latent of {modality} must have {media.channels} channels and a grid among {list(media.buckets)}, "
-            f"got shape {latent.shape}; set model.media.{modality}.buckets or prepare the data again"
+            f"got shape {latent.shape}{place}; set model.media.{modality}.buckets or prepare the data again"
         )
     if not np.isfinite(latent).all():
-        raise DataError(f"a latent of {modality} must be finite, got nan or infinity; prepare the data again")
+        raise DataError(f"a latent of {modality} must be finite, got nan or infinity{place}; prepare the data again")
     return MediaSpan(modality, np.ascontiguousarray(latent, np.float32), media.buckets.index(tuple(grid)), role)
 
 
@@ -186,8 +191,18 @@ class TextSource(Source):
         return self._starts[block]
 
 
+def latent_mean(moments: np.ndarray, manifest: Mapping[str, Any]) -> np.ndarray:
+    """The mean of a stored latent [C, *grid]; data sets of kind `moments` hold the log-variance behind it."""
+    return moments[: len(moments) // 2] if manifest.get("kind") == "moments" else moments
+
+
 class MediaSource(Source):
     """What the forms with latents share: one key a document."""
+
+    def __init__(self, name: str, config: SourceConfig, *, data: DataConfig, model: ModelConfig, split: str) -> None:
+        super().__init__(name, config, data=data, model=model, split=split)
+        for coder in coders_of(self.reader.manifest).values():
+            check_accepted(coder, where=self.reader.folder)
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -205,33 +220,42 @@ class MediaSource(Source):
                 f"modality of {self._key(index)} must be one of {list(self.model.media)}, got {modality!r}; "
                 f"set model.media or data.sources.{self.name}"
             )
-        mean = self.reader.array(index, member).astype(np.float32)
-        latents = self.reader.manifest["latents"]
-        latents = latents if "scale" in latents else latents[modality]
+        mean = latent_mean(self.reader.array(index, member), self.reader.manifest).astype(np.float32)
+        latents = latents_of(self.reader.manifest, modality)
+        if latents is None:
+            raise DataError(
+                f"the manifest of {self.reader.folder} must say how latents of {modality} are normalised, got nothing; "
+                "prepare the data again"
+            )
         shift = np.asarray(latents["shift"], np.float32)
         if len(shift) != len(mean):
             raise DataError(
-                f"a latent of {self._key(index)} must have the {len(shift)} channels of its manifest, got {len(mean)}; "
+                f"a latent must have the {len(shift)} channels of its manifest, got {len(mean)} in "
+                f"{self.reader.where(index, member)}; "
                 "prepare the data again"
             )
         normalised = (mean - shift.reshape(-1, *[1] * (mean.ndim - 1))) * np.float32(latents["scale"])
-        return media_span(normalised, modality, media=self.model.media[modality], role=role)
+        where = self.reader.where(index, member)
+        return media_span(normalised, modality, media=self.model.media[modality], role=role, where=where)
 
 
 class PairSource(MediaSource):
-    """A latent and its captions: caption -> media (generated), or media (given) -> caption."""
+    """A latent and its captions: caption -> media (generated), or media (given) -> caption; or one of the two alone."""
 
     def document(self, index: int, *, draws: np.random.Generator, direction: Role | None = None) -> Document:
         """See Source."""
         facts = self._json(index)
         forward, main, other = draws.random(), draws.random(), draws.random()
         role: Role = direction or ("generate" if forward < self.config.generate_probability else "given")
-        caption = self._caption(facts["texts"], main=main, other=other).encode()
-        if not caption:
-            raise DataError(f"a document must hold text, got none in {self._key(index)}; prepare the data again")
-        span = self._span(index, "moments.npy", modality=self.config.modality or facts["modality"], role=role)
-        spans = (caption, span) if role == "generate" else (span, caption)
-        return Document(self._key(index), merge_spans(spans, self.patcher))
+        spans: list[bytes | MediaSpan] = []
+        if self.config.shows != "medium":
+            spans.append(self._caption(facts["texts"], main=main, other=other).encode())
+            if not spans[0]:
+                raise DataError(f"a document must hold text, got none in {self._key(index)}; prepare the data again")
+        if self.config.shows != "caption":
+            modality = self.config.modality or facts["modality"]
+            spans.append(self._span(index, "moments.npy", modality=modality, role=role))
+        return Document(self._key(index), merge_spans(spans if role == "generate" else spans[::-1], self.patcher))
 
     def _caption(self, texts: list[dict[str, str]], *, main: float, other: float) -> str:
         mains = [text["text"] for text in texts if text["lang"] == self.config.main_language]

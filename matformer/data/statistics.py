@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 from matformer.config.schema import DataConfig, MediaConfig, RunConfig
+from matformer.data.holdings import latents_of, manifest_of, scored_sources
 from matformer.errors import DataError
 
 FLOOR = 1e-4
@@ -24,24 +22,24 @@ def with_statistics(config: RunConfig) -> RunConfig:
 def _known(name: str, media: MediaConfig, *, data: DataConfig) -> MediaConfig:
     if media.precondition != "channel" or media.channel_variance is not None:
         return media
-    for source_name, source in data.sources.items():
-        if source.modality == name:
-            variance = _variances(Path(data.root) / source.path / "train" / "manifest.json")
-            if len(variance) != media.channels:
-                raise DataError(
-                    f"latents of {name} must have model.media.{name}.channels = {media.channels} channels, got "
-                    f"{len(variance)} in data.sources.{source_name}; change one of them"
-                )
-            return media.model_copy(update={"channel_variance": variance})
+    for source in scored_sources(data, name):
+        variance = _variances(name, source, data=data)
+        if len(variance) != media.channels:
+            raise DataError(
+                f"latents of {name} must have model.media.{name}.channels = {media.channels} channels, got "
+                f"{len(variance)} in data.sources.{source}; change one of them"
+            )
+        return media.model_copy(update={"channel_variance": variance})
     return media
 
 
-def _variances(path: Path) -> tuple[float, ...]:
-    """Of normalised channels, from a manifest of pairs."""
+def _variances(modality: str, source: str, *, data: DataConfig) -> tuple[float, ...]:
+    """Of normalised channels, from a source's manifest."""
+    latents = latents_of(manifest_of(data, source), modality) or {}
     try:
-        latents = json.loads(path.read_text(encoding="utf-8"))["latents"]
         return tuple(max(FLOOR, value * latents["scale"] ** 2) for value in latents["channel_variance"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise DataError(
-            f"{path} must hold the latents' statistics, got: {error!r}; set data.root or prepare the data again"
+            f"the manifest of data.sources.{source} must hold the latents' statistics of {modality}, got: {error!r}; "
+            "set data.root or prepare the data again"
         ) from error

@@ -11,20 +11,21 @@ import json
 import logging
 import lzma
 import math
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from matformer.config.schema import RunConfig
+from matformer.data.holdings import latents_of, scored_sources
 from matformer.data.loader import heldout_documents
 from matformer.data.shards import ShardReader
-from matformer.data.sources import MediaSpan, TextSpan
+from matformer.data.sources import MediaSpan, TextSpan, latent_mean
 from matformer.errors import DataError
+from matformer.files import write_whole
 from matformer.parallel.seeds import generator
 from matformer.shapes import END
 
@@ -35,6 +36,10 @@ TIMES = tuple((k - 0.5) / 8 for k in range(1, 9))
 """Noise levels of the held-out flow loss."""
 MAX_TRAIN_LATENTS = 20_000
 """Latents of fixed shape that a full covariance is fitted on, evenly spaced over the train split."""
+MAX_SCALARS = 4096
+"""Of a latent with a full covariance: its directions cost the cube of it (a minute on two cores at this size)."""
+Latents = dict[str, list[np.ndarray]]
+"""Key of a document -> its latents of one modality."""
 
 _SYMBOLS = END + 1
 _BEGIN = END
@@ -154,7 +159,7 @@ def compute_baselines(config: RunConfig, *, text_bytes: int, media_spans: int) -
     """Every baseline of this data set; kept beside it as baselines-<fingerprint>.json and read back from there.
 
     Numbers: text/order0, text/order2 (each with _stderr), text/xz, <modality>/gaussian (where all its latents have one
-    shape) and <modality>/gaussian_channel (each with _stderr). Raises DataError if the data cannot be read.
+    shape, not too large) and <modality>/gaussian_channel (each with _stderr). Raises DataError if data cannot be read.
     """
     texts = _heldout_texts(config, text_bytes=text_bytes)
     media = {name: _heldout_latents(config, modality=name, media_spans=media_spans) for name in config.model.media}
@@ -225,19 +230,14 @@ def _heldout_texts(config: RunConfig, *, text_bytes: int) -> dict[str, bytes]:
     }
 
 
-def _heldout_latents(config: RunConfig, *, modality: str, media_spans: int) -> dict[str, np.ndarray]:
-    return {
-        document.key: span.latent
-        for name in _paired_sources(config, modality=modality)
-        for document in heldout_documents(config, name, max_spans=media_spans)
-        for span in document.spans
-        if isinstance(span, MediaSpan) and span.modality == modality
-    }
-
-
-def _paired_sources(config: RunConfig, *, modality: str) -> list[str]:
-    sources = config.data.sources.items()
-    return [name for name, source in sources if source.form == "pairs" and source.modality in (None, modality)]
+def _heldout_latents(config: RunConfig, *, modality: str, media_spans: int) -> Latents:
+    found: Latents = {}
+    for name in scored_sources(config.data, modality):
+        for document in heldout_documents(config, name, max_spans=media_spans):
+            latents = [one.latent for one in document.spans if isinstance(one, MediaSpan) and one.modality == modality]
+            if latents:
+                found[document.key] = latents
+    return found
 
 
 def _add_text(found: Baselines, config: RunConfig, *, heldout: dict[str, bytes]) -> None:
@@ -255,31 +255,46 @@ def _add_text(found: Baselines, config: RunConfig, *, heldout: dict[str, bytes])
         _add(found, f"text/{order}", score, keys=heldout)
 
 
-def _add_media(found: Baselines, config: RunConfig, *, modality: str, heldout: dict[str, np.ndarray]) -> None:
-    sources = _paired_sources(config, modality=modality)
+def _add_media(found: Baselines, config: RunConfig, *, modality: str, heldout: Latents) -> None:
+    sources = scored_sources(config.data, modality)
     train = [latent for name in sources for latent in _train_latents(config, name, modality=modality)]
     if not heldout or not train:
         return
-    cells = [_cells(latent) for latent in heldout.values()]
-    sample = np.repeat(np.arange(len(cells)), [len(rows) for rows in cells])
+    document = np.repeat(np.arange(len(heldout)), [len(latents) for latents in heldout.values()])
+    scored = [latent for latents in heldout.values() for latent in latents]
+    cells = [_cells(latent) for latent in scored]
+    sample = np.repeat(document, [len(rows) for rows in cells])
     rows = np.concatenate([_cells(latent) for latent in train])
     score = gaussian_flow_loss(rows, np.concatenate(cells), covariance="channel", sample=sample)
     _add(found, f"{modality}/gaussian_channel", score, keys=heldout)
-    if len({latent.shape for latent in (*train, *heldout.values())}) == 1:
-        flat = [np.stack([latent.reshape(-1) for latent in latents]) for latents in (train, heldout.values())]
-        _add(found, f"{modality}/gaussian", gaussian_flow_loss(flat[0], flat[1]), keys=heldout)
+    if len({latent.shape for latent in (*train, *scored)}) == 1 and train[0].size <= MAX_SCALARS:
+        flat = [np.stack([latent.reshape(-1) for latent in latents]) for latents in (train, scored)]
+        _add(found, f"{modality}/gaussian", gaussian_flow_loss(flat[0], flat[1], sample=document), keys=heldout)
 
 
 def _train_latents(config: RunConfig, name: str, *, modality: str) -> Iterable[np.ndarray]:
     """Normalised latents of the train split, at most MAX_TRAIN_LATENTS evenly spaced ones."""
-    reader = ShardReader(Path(config.data.root) / config.data.sources[name].path / "train")
-    latents: dict[str, Any] = reader.manifest["latents"]
-    if "scale" not in latents:
-        latents = latents[modality]
+    source = config.data.sources[name]
+    reader = ShardReader(Path(config.data.root) / source.path / "train")
+    latents = latents_of(reader.manifest, modality)
+    if latents is None:
+        return
     shift, scale = np.asarray(latents["shift"], np.float32), np.float32(latents["scale"])
-    for i in range(0, len(reader), -(-len(reader) // MAX_TRAIN_LATENTS)):
-        mean = reader.array(i, "moments.npy").astype(np.float32)
+    members = list(_members(reader, source.form, modality=modality))
+    for i, member in members[:: -(-len(members) // MAX_TRAIN_LATENTS)]:
+        mean = latent_mean(reader.array(i, member), reader.manifest).astype(np.float32)
         yield (mean - shift.reshape(-1, *[1] * (mean.ndim - 1))) * scale
+
+
+def _members(reader: ShardReader, form: str, *, modality: str) -> Iterator[tuple[int, str]]:
+    """(sample, member) of every latent of a modality."""
+    for i in range(len(reader)):
+        if form == "pairs":
+            yield i, "moments.npy"
+            continue
+        for span in json.loads(bytes(reader.view(i, "json")))["spans"]:
+            if span.get("modality") == modality:
+                yield i, span["member"]
 
 
 def _cells(latent: Float[np.ndarray, "C ..."]) -> Float[np.ndarray, "cells C"]:
@@ -293,10 +308,11 @@ def _add(found: Baselines, name: str, score: Score, *, keys: Iterable[str]) -> N
     found.totals[name] = dict(zip(keys, score.totals.tolist(), strict=True))
 
 
-def _fingerprint(config: RunConfig, *, texts: dict[str, bytes], media: dict[str, dict[str, np.ndarray]]) -> str:
+def _fingerprint(config: RunConfig, *, texts: dict[str, bytes], media: dict[str, Latents]) -> str:
     """Of everything the numbers depend on: what is scored, the train splits' manifests, and this file's version."""
     digest = hashlib.sha256(f"{VERSION}".encode())
-    scored = [*texts.values(), *(latent.tobytes() for latents in media.values() for latent in latents.values())]
+    clean = (latent.tobytes() for found in media.values() for latents in found.values() for latent in latents)
+    scored = [*texts.values(), *clean]
     for content in scored:
         digest.update(hashlib.sha256(content).digest())
     for source in config.data.sources.values():
@@ -310,9 +326,7 @@ def _fingerprint(config: RunConfig, *, texts: dict[str, bytes], media: dict[str,
 
 def _keep(found: Baselines, path: Path) -> None:
     """Write beside the data; a data set that is read-only costs the computation again, not the run."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, path)
+        write_whole(path, (json.dumps(asdict(found), indent=1) + "\n").encode())
     except OSError as error:
         log.warning("baselines are not kept in %s: %s", path, error)

@@ -7,6 +7,7 @@ import math
 import torch
 
 from matformer.config.schema import RunConfig
+from matformer.data.holdings import scored_sources
 from matformer.data.loader import heldout_batches
 from matformer.data.packing import with_noise
 from matformer.engine.baselines import ratio
@@ -21,10 +22,9 @@ FIRST_INDEX = 9  # of the noise: the loss of the same spans has 1 to 8
 
 
 def media_batches(config: RunConfig, modality: str) -> list[Batch]:
-    """Held-out caption -> medium documents of all sources of this modality, up to eval.media_spans of each."""
-    sources = config.data.sources.items()
-    pairs = [name for name, one in sources if one.form == "pairs" and one.modality in (None, modality)]
-    return [batch for name in pairs for batch in heldout_batches(config, name, max_spans=config.eval.media_spans)]
+    """Held-out media of all sources of this modality, behind captions if shown; up to eval.media_spans of each."""
+    names = scored_sources(config.data, modality)
+    return [batch for name in names for batch in heldout_batches(config, name, max_spans=config.eval.media_spans)]
 
 
 def clean_errors(host: Host, config: RunConfig, *, modality: str) -> dict[str, float]:

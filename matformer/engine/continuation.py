@@ -69,14 +69,14 @@ def ask(model: Matformer, rows: Sequence[Row], *, want: str, config: RunConfig, 
 
 
 def continue_rows(
-    model: Matformer, rows: Sequence[Row], *, want: str, config: RunConfig, draws: Draws, max_spans: int = 8
+    model: Matformer, rows: Sequence[Row], *, want: str, config: RunConfig, draws: Draws, max_spans: int = 1
 ) -> None:
-    """Add to each row one span of modality `want`, or under auto spans until its document ends, at most `max_spans`.
+    """Add to each row `max_spans` spans of modality `want` (of text one); under auto fewer where its document ends.
 
     Raises ParcelError where a prompt leaves no room.
     """
     live = list(rows)
-    for _ in range(max_spans if want == AUTO else 1):
+    for _ in range(1 if want == "text" else max_spans):
         answers = (
             [Answer("text")] * len(live) if want == "text" else ask(model, live, want=want, config=config, draws=draws)
         )

@@ -13,6 +13,7 @@ from torch import Tensor
 from matformer.config.schema import MediaObjective, RunConfig
 from matformer.data.packing import DrawNoise, Noise, Piece, Place, document_positions, draw_zeros, pack_batch
 from matformer.data.sources import Document, MediaSpan
+from matformer.engine.dpm_solver import denoise_by_dpm
 from matformer.engine.draws import Draws, Row, Solver, dice_of, given
 from matformer.errors import ParcelError
 from matformer.layers.noise_levels import levels, time_of_log_snr
@@ -60,10 +61,14 @@ def draw_media(
 def denoise(
     velocity: Velocity, x: Tensor, *, steps: int, solver: Solver = "euler", objective: MediaObjective = "flow"
 ) -> Tensor:
-    """x_0 of x_1 = `x` along the objective's path, in equal steps of t. Source: Karras 2022, algorithm 1 (Heun).
+    """x_0 of x_1 = `x` along the objective's path, in equal steps of t.
+
+    Source: Karras 2022, algorithm 1 (Heun).
 
     velocity: dx/dt on the straight path, dx/dangle = v on DDPM's circle; there an Euler step is DDIM's (Song 2021).
     """
+    if solver == "dpm":
+        return denoise_by_dpm(velocity, x, steps=steps, objective=objective, first_log_snr=FIRST_LOG_SNR)
     first = 1.0 if objective == "flow" else time_of_log_snr(FIRST_LOG_SNR, objective=objective)
     times = np.linspace(first, 0.0, steps + 1)
     for time, after in zip(times[:-1], times[1:], strict=True):

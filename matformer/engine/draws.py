@@ -16,7 +16,7 @@ from matformer.data.sources import MediaSpan, TextSpan
 from matformer.parallel.seeds import generator
 
 Span = TextSpan | MediaSpan
-Solver = Literal["euler", "heun"]
+Solver = Literal["euler", "heun", "dpm"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,8 +25,11 @@ from matformer.data.text_rows import with_masks
 from matformer.engine.baselines import TIMES, Baselines, compute_baselines, ratio
 from matformer.engine.clean_errors import clean_errors, media_batches
 from matformer.engine.document_sums import Documents, document_sums, gather_documents, velocity_scalars
+from matformer.engine.draws import Draws
 from matformer.engine.paired import caption_gain
 from matformer.engine.restore import load_for_inference
+from matformer.engine.sample_quality import DRAWS, judged_samples
+from matformer.files import write_whole
 from matformer.hosts.base import Host
 from matformer.losses.flow import loss_name
 from matformer.parcels import Batch
@@ -88,10 +90,23 @@ def evaluate(host: Host, config: RunConfig, *, full: bool, rivals: Baselines | N
 
 def text_by_document(host: Host, config: RunConfig) -> dict[str, tuple[float, float]]:
     """Key of each held-out text document of eval.text_bytes -> its bits and its bytes. Collective."""
-    asked = config.eval.model_copy(update={"media_spans": 0})
-    table = dict(_tables(config.model_copy(update={"eval": asked})))["text"]
-    bits, sizes, times = _scored(table, document_sums(host, [table])[0], part="text", config=config)
-    pairs = zip((bits / times).tolist(), (sizes / times).tolist(), strict=True)
+    return _by_document(host, config, part="text", without={"media_spans": 0})
+
+
+def media_by_document(host: Host, config: RunConfig, *, modality: str) -> dict[str, tuple[float, float]]:
+    """Key of each held-out document of eval.media_spans of a modality -> its squared errors and its scalars, means over
+    the levels of noise. The noise hangs on the key alone, whatever else the document holds. Collective.
+    """
+    return _by_document(host, config, part=modality, without={"text_bytes": 0})
+
+
+def _by_document(
+    host: Host, config: RunConfig, *, part: str, without: dict[str, int]
+) -> dict[str, tuple[float, float]]:
+    asked = config.eval.model_copy(update=without)
+    table = next(table for name, table in _tables(config.model_copy(update={"eval": asked})) if name == part)
+    losses, sizes, times = _scored(table, document_sums(host, [table])[0], part=part, config=config)
+    pairs = zip((losses / times).tolist(), (sizes / times).tolist(), strict=True)
     return dict(zip(table.keys, pairs, strict=True))
 
 
@@ -110,25 +125,28 @@ def evaluate_run(
     ema: bool,
     text_bytes: int | None = None,
     media_spans: int | None = None,
+    judged: int | None = None,
+    draws: Draws = DRAWS,
     data: Path | None = None,
 ) -> Evaluation:
     """Everything about a run's newest good checkpoint, on one plain rank; kept as evaluation.json and baselines.json.
 
-    Amounts are those of the run's `eval`, unless given. evaluation.json keeps what it holds of the same step. With
-    `data`, a text data set, its held-out documents alone are scored, all unless `text_bytes` says less, and nothing is
-    kept. Raises ConfigError, CheckpointError or DataError.
+    Amounts are those of the run's `eval`, unless given; judged pictures are drawn by `draws`. evaluation.json keeps
+    what it holds of the same step. With `data`, a text data set, its held-out documents alone are scored, all unless
+    `text_bytes` says less, and nothing is kept. Raises ConfigError, CheckpointError or DataError.
     """
-    config, host, _ = load_for_inference(run_folder, ema=ema)
+    config, host, model = load_for_inference(run_folder, ema=ema)
     if data is not None:
         config = _of_text(config, data)
     amounts = {
         "text_bytes": config.eval.final_text_bytes if text_bytes is None else text_bytes,
         "media_spans": config.eval.final_media_spans if media_spans is None else media_spans,
+        "judged_samples": judged,
     }
     asked = config.eval.model_copy(update={name: value for name, value in amounts.items() if value is not None})
     config = config.model_copy(update={"eval": asked})
     baselines = _baselines(config, asked)
-    numbers = evaluate(host, config, full=True, rivals=baselines)
+    numbers = evaluate(host, config, full=True, rivals=baselines) | judged_samples(model, config, draws=draws)
     if ema:
         numbers = {name.replace("heldout/", "heldout_ema/", 1): value for name, value in numbers.items()}
     evaluation = Evaluation(host.steps, numbers, baselines.numbers)
@@ -142,6 +160,7 @@ def _of_text(config: RunConfig, folder: Path) -> RunConfig:
     source = SourceConfig(path=folder.name, form="text", weight=1.0)
     root = {"root": str(folder.resolve().parent), "recipe": None, "sources": {"text": source}}
     amounts = {"text_bytes": EVERY_BYTE, "media_spans": 0, "final_text_bytes": None, "final_media_spans": None}
+    amounts |= {"judged_samples": 0}
     return config.model_copy(
         update={
             "data": config.data.model_copy(update=root),
@@ -266,6 +285,4 @@ def _keep(folder: Path, evaluation: Evaluation) -> None:
 
 def _write(path: Path, tree: dict[str, float]) -> None:
     """Whole or not at all: a report may be reading."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    write_whole(path, (json.dumps(tree, indent=1) + "\n").encode())

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,14 +19,20 @@ import soundfile
 import torch
 from PIL import Image
 
+from matformer.autoencoders import MotionField
+from matformer.autoencoders.motion_field import INTRA
 from matformer.config.schema import RunConfig
+from matformer.data.coders import coders_of
+from matformer.data.holdings import manifest_of
 from matformer.data.loader import Loader
 from matformer.data.sources import Document, MediaSpan, Source, TextSpan, open_source
 from matformer.engine.continuation import continue_rows
-from matformer.engine.draws import Draws, Row
+from matformer.engine.draws import Draws, Row, given
 from matformer.engine.folder import RunFolder, State
 from matformer.engine.media import MediaCodec, load_codec
+from matformer.engine.motion import animated
 from matformer.engine.restore import load_for_inference
+from matformer.engine.video_file import write_mp4
 from matformer.model import Matformer
 from matformer.parallel.seeds import Permutation
 from matformer.parcels import Batch, Kind
@@ -34,12 +41,21 @@ log = logging.getLogger(__name__)
 
 PROMPT_BYTES, NEW_BYTES, CAPTION_BYTES = 64, 160, 64
 STATISTICS_STEPS = 4
+LOOKED_AT = 32
+MOTION_STEPS = 16
 TRANSCRIPT, CAPTION = "transcript", "caption"
 Entries = list[dict[str, Any]]
 
 
 def make_gallery(
-    run_folder: Path, *, num_images: int = 8, num_audio: int = 4, num_texts: int = 4, seed: int = 0
+    run_folder: Path,
+    *,
+    num_images: int = 8,
+    num_audio: int = 4,
+    num_texts: int = 4,
+    num_videos: int = 4,
+    seed: int = 0,
+    steps: int = Draws().steps,
 ) -> None:
     """Write RUN/samples/ with its samples.json, and RUN/statistics.json, from the average of the last checkpoint.
 
@@ -49,12 +65,14 @@ def make_gallery(
     config, _, model = load_for_inference(run_folder, ema=True)
     folder = RunFolder(Path(run_folder), State.RESUME).samples
     folder.mkdir(parents=True, exist_ok=True)
-    gallery = _Gallery(model, config, folder, Draws(seed=seed))
+    gallery = _Gallery(model, config, folder, Draws(seed=seed, steps=steps))
     samples = {
         "text": gallery.texts(num_texts),
         "image": gallery.media("image", num_images, words=CAPTION),
         "audio": gallery.media("audio", num_audio, words=TRANSCRIPT),
         "caption": gallery.captions("image", num_images),
+        "video": gallery.media("video", num_videos, words=CAPTION),
+        "motion": gallery.animations(num_videos // 2),
     }
     _write(folder / "samples.json", samples)
     _write(Path(run_folder) / "statistics.json", run_statistics(config))
@@ -121,14 +139,55 @@ class _Gallery:
             entries.append({"image": picture, "truth": _text_of(one.document), "generated": _words(written.data)})
         return entries
 
-    def _continue(self, rows: list[Row], *, want: str, draws: Draws) -> None:
+    def animations(self, count: int) -> Entries:
+        """Held-out pictures moved by their own fields, and by as many that the model draws; those that move most."""
+        modality = self._motion()
+        if modality is None:
+            return []
+        codecs = {name: load_codec(self.config, name) for name in self.config.model.media}
+        looked_at = list(islice((one for one in self._heldout("documents", None) if _moves(one, modality)), LOOKED_AT))
+        shown = sorted(looked_at, key=lambda one: -_motion_of(one, codecs[modality]))[:count]
+        rows = [Row(number, spans=_before(one.document, modality)) for number, one in enumerate(shown)]
+        fields = min(
+            (len(one.document.spans) - len(row.spans) for one, row in zip(shown, rows, strict=True)), default=0
+        )
+        draws = replace(self.draws, steps=min(self.draws.steps, MOTION_STEPS))
+        self._continue(rows, want=modality, draws=draws, spans=fields)
+        return [
+            {
+                CAPTION: _text_of(one.document),
+                "real": None,
+                "reconstructed": self._animation(one.document.spans, codecs, name=f"{modality}-{row.number}-own"),
+                "generated": self._animation(row.spans, codecs, name=f"{modality}-{row.number}-generated"),
+            }
+            for one, row in zip(shown, rows, strict=True)
+        ]
+
+    def _motion(self) -> str | None:
+        """The modality whose latents are fields of motion, if the run has one."""
+        for name in self.config.data.sources:
+            for modality, coder in coders_of(manifest_of(self.config.data, name)).items():
+                if coder.get("kind") == MotionField.kind and modality in self.config.model.media:
+                    return modality
+        return None
+
+    def _animation(
+        self, spans: Sequence[TextSpan | MediaSpan], codecs: dict[str, MediaCodec], *, name: str
+    ) -> str | None:
+        moved = animated(spans, codecs.__getitem__)
+        if moved is None:
+            return None
+        write_mp4(self.folder / f"{name}.mp4", moved[0], fps=moved[1])
+        return f"{name}.mp4"
+
+    def _continue(self, rows: list[Row], *, want: str, draws: Draws, spans: int = 1) -> None:
         if rows:
-            continue_rows(self.model, rows, want=want, config=self.config, draws=draws)
+            continue_rows(self.model, rows, want=want, config=self.config, draws=draws, max_spans=spans)
 
     def _heldout(self, form: str, direction: Literal["generate", "given"] | None) -> Iterator[Shown]:
         """Held-out documents of all sources of a form, each source in evaluation's shuffled order."""
         for name, declared in self.config.data.sources.items():
-            if declared.form == form:
+            if declared.form == form and declared.shows == "both":
                 source = open_source(name, data=self.config.data, model=self.config.model, split="heldout")
                 order = Permutation(len(source), 0, "heldout", name)
                 for number in range(len(source)):
@@ -286,6 +345,24 @@ def _text_of(document: Document) -> str:
 
 def _media_of(document: Document) -> MediaSpan:
     return next(span for span in document.spans if isinstance(span, MediaSpan))
+
+
+def _before(document: Document, modality: str) -> tuple[TextSpan | MediaSpan, ...]:
+    """What stands before the first span of a modality, given."""
+    first = next(i for i, one in enumerate(document.spans) if isinstance(one, MediaSpan) and one.modality == modality)
+    return given(document.spans[:first])
+
+
+def _moves(one: Shown, modality: str) -> bool:
+    """Whether fields of motion stand behind a picture in it."""
+    media = [span.modality for span in one.document.spans if isinstance(span, MediaSpan)]
+    return modality in media[1:]
+
+
+def _motion_of(one: Shown, codec: MediaCodec) -> float:
+    """Mean length of its vectors, in pixels."""
+    latents = [s.latent for s in one.document.spans if isinstance(s, MediaSpan) and s.modality == codec.modality]
+    return float(np.mean([codec.decode(latent)[:INTRA].abs().mean() for latent in latents]))
 
 
 def _write(path: Path, value: Any) -> None:

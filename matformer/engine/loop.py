@@ -16,6 +16,7 @@ from matformer.checkpoint.store import Checkpoint, newest_good, save
 from matformer.config.schema import RunConfig
 from matformer.data.loader import Loader, merge_states
 from matformer.engine.average import Average
+from matformer.engine.gradients import gradient_row
 from matformer.engine.step import StepNumbers, metrics_row, optimizer_step
 from matformer.hosts.base import Host
 from matformer.hosts.plain import PlainHost, plain_trunk
@@ -23,6 +24,7 @@ from matformer.model import Matformer
 from matformer.observe.meters import Throughput
 from matformer.observe.sinks import Sink
 from matformer.parallel.groups import Groups
+from matformer.parcels import Batch
 
 log = logging.getLogger(__name__)
 
@@ -126,12 +128,12 @@ def train(run: Run, *, stopping: Callable[[], bool], evaluate: Callable[[Host], 
     stopped = False
     while run.step < config.train.steps and not stopped:
         began = time.monotonic()
-        numbers = optimizer_step(
-            run.host, run.loader.next_global_batch(run.step), config=config, step=run.step, stop=stopping()
-        )
+        batches = run.loader.next_global_batch(run.step)
+        gradients, aside = look_at_gradients(run, batches)
+        numbers = optimizer_step(run.host, batches, config=config, step=run.step, stop=stopping())
         follow(run, numbers)
         run.step += 1
-        report_step(run, numbers, seconds=time.monotonic() - began)
+        report_step(run, numbers, seconds=time.monotonic() - began - aside, gradients=gradients)
         if due(run.step, config.eval.every_steps) or run.step == config.train.steps:
             run.show(held_out(run, evaluate))
         if due(run.step, config.run.save_every_steps):
@@ -149,6 +151,14 @@ def held_out(run: Run, evaluate: Callable[[Host], dict[str, float]]) -> dict[str
     return row | {name.replace("heldout/", "heldout_ema/", 1): value for name, value in averaged.items()}
 
 
+def look_at_gradients(run: Run, batches: Sequence[Batch]) -> tuple[dict[str, float], float]:
+    """What the losses' gradients say to each other in the coming step, if it is due, and the seconds it took."""
+    if not due(run.step + 1, run.config.run.gradients_every_steps):
+        return {}, 0.0
+    began = time.monotonic()
+    return gradient_row(run.host, batches, config=run.config), time.monotonic() - began
+
+
 def follow(run: Run, numbers: StepNumbers) -> None:
     """What follows an optimizer step: the average, unless the step was skipped by all ranks together."""
     if numbers.skipped:
@@ -157,12 +167,18 @@ def follow(run: Run, numbers: StepNumbers) -> None:
         run.average.update(run.step + 1)
 
 
-def report_step(run: Run, numbers: StepNumbers, *, seconds: float) -> None:
-    """One row of numbers."""
-    amounts = {"bytes": numbers.counts["bytes"], "latents": numbers.counts["latents"]}
-    row = metrics_row(numbers, run.config) | run.throughput.step(seconds, **amounts)
-    if run.step % run.config.run.log_every_steps == 0 or run.step == run.config.train.steps:
+def report_step(run: Run, numbers: StepNumbers, *, seconds: float, gradients: dict[str, float]) -> None:
+    """One row of numbers; `gradients` are shown whatever step it is."""
+    row = metrics_row(numbers, run.config) | run.throughput.step(seconds, **amounts(numbers, run.config)) | gradients
+    if run.step % run.config.run.log_every_steps == 0 or run.step == run.config.train.steps or gradients:
         run.show(row)
+
+
+def amounts(numbers: StepNumbers, config: RunConfig) -> dict[str, float]:
+    """What a step saw: raw bytes, positions of the Atto, and noised patches of each modality."""
+    counts, media = numbers.counts, config.model.media
+    patches = {f"{name}/patches": counts[name] / (one.channels * one.patch**one.rank) for name, one in media.items()}
+    return {"bytes": counts["bytes"], "latents": counts["latents"], **patches}
 
 
 def due(step: int, every: int) -> bool:

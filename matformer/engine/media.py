@@ -1,14 +1,12 @@
-"""Files of pictures and sound <-> the normalised latents that the model sees."""
+"""Files of pictures, sound and video <-> the normalised latents that the model sees."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import soundfile
@@ -19,11 +17,18 @@ from torch import Tensor
 
 from matformer.autoencoders import Autoencoder, load_autoencoder
 from matformer.config.schema import MediaConfig, RunConfig
+from matformer.data.coders import check_accepted, coders_of
+from matformer.data.holdings import latents_of, manifest_of
 from matformer.data.sources import MediaSpan, media_span
+from matformer.engine.video_file import write_mp4
 from matformer.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
+SUFFIXES = {"audio": ".wav", "image": ".png", "video": ".mp4", "tensor": ".npy"}
+"""Of a sample's file, by what the autoencoder codes; arrays for whatever is none of the three."""
+FPS = 8.0
+"""Frames a second of video whose data set does not say."""
 LOUDNESS, PEAK, SILENCE = 0.08, 0.99, 0.002  # as the demo's speech was prepared: full scale is 1
 
 
@@ -36,6 +41,7 @@ class MediaCodec:
     autoencoder: Autoencoder
     shift: Float[np.ndarray, " C"]
     scale: float
+    fps: float = FPS
 
     @torch.no_grad()
     def decode(self, latent: Float[np.ndarray, "C ..."]) -> Tensor:
@@ -56,10 +62,8 @@ class MediaCodec:
 
     @property
     def suffix(self) -> str:
-        """Of the files that `write` makes: sound, pictures, or arrays for whatever else."""
-        if self.autoencoder.sample_rate is not None:
-            return ".wav"
-        return ".png" if self.media.rank == 2 else ".npy"
+        """Of the files that `write` makes: sound, pictures, video, or arrays for whatever else."""
+        return SUFFIXES[self.autoencoder.modality]
 
     def write(self, path: Path, media: Tensor) -> None:
         """A medium as `decode` gives it into a file named by `suffix`."""
@@ -67,6 +71,8 @@ class MediaCodec:
         if rate is not None:
             wave = media[0].clamp(-1, 1).numpy()
             soundfile.write(path, wave, rate, subtype="PCM_16")
+        elif path.suffix == ".mp4":
+            write_mp4(path, media.movedim(1, 0), fps=self.fps)
         elif path.suffix == ".png":
             pixels = ((media + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
             Image.fromarray(pixels.movedim(0, 2).contiguous().numpy()).save(path)
@@ -130,31 +136,20 @@ def load_codec(config: RunConfig, modality: str) -> MediaCodec:
 
     Raises DataError if no data set of the run names one, or it cannot be read.
     """
-    for source in config.data.sources.values():
-        manifest = _manifest(Path(config.data.root) / source.path / "train" / "manifest.json")
-        latents, coder = (_of_modality(manifest.get(key, {}), manifest, modality) for key in ("latents", "autoencoder"))
+    for name, source in config.data.sources.items():
+        folder = Path(config.data.root) / source.path / "train"
+        manifest = manifest_of(config.data, name)
+        latents, coder = latents_of(manifest, modality), coders_of(manifest).get(modality)
         if latents and coder:
+            check_accepted(coder, where=folder)
             autoencoder = load_autoencoder(Path(config.data.root) / coder["folder"], fingerprint=coder["fingerprint"])
             shift = np.asarray(latents["shift"], np.float32)
-            return MediaCodec(modality, config.model.media[modality], autoencoder, shift, float(latents["scale"]))
+            fps = float(manifest.get("preparation", {}).get("fps", FPS))
+            return MediaCodec(modality, config.model.media[modality], autoencoder, shift, float(latents["scale"]), fps)
     raise DataError(
         f"a data set below {config.data.root} must hold {modality} and name its autoencoder, got none; "
         "set data.sources or prepare the data again"
     )
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"a data set must have a readable {path}, got: {error}; set data.root or prepare the data"
-        ) from error
-
-
-def _of_modality(entry: dict[str, Any], manifest: dict[str, Any], modality: str) -> dict[str, Any] | None:
-    """A manifest's entry where the data set holds one modality, else its part by the modality's name."""
-    return entry if manifest.get("modality") == modality else entry.get(modality)
 
 
 def resampled(wave: Float[np.ndarray, " n"], rate: int, *, to: int) -> Float[np.ndarray, " m"]:

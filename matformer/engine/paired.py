@@ -46,7 +46,7 @@ def caption_gain(host: Host, config: RunConfig, *, modality: str, num_spans: int
     sums: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
     for name, source in config.data.sources.items():
-        if source.form == "pairs" and source.modality == modality:
+        if source.form == "pairs" and source.shows == "both" and source.modality == modality:
             opened = open_source(name, data=config.data, model=config.model, split="heldout")
             for concept, gain in _gains(host, config, source=opened, modality=modality, num_spans=num_spans):
                 sums[concept] += gain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -50,6 +51,15 @@ class StepResult:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerWeight:
+    """A parameter of one of the Atto's layers, counted from 0 over all stages. sharded: TP ranks hold parts of it."""
+
+    layer: int
+    parameter: nn.Parameter
+    sharded: bool
+
+
+@dataclass(frozen=True, slots=True)
 class TrainingState:
     """All tensors of a checkpoint by global parameter name, in float32; only what this rank is to write."""
 
@@ -80,6 +90,17 @@ class Host(ABC):
         """Per-document sums of each microbatch, on the last stage ([] elsewhere). Collective."""
 
     @abstractmethod
+    def sums_with_graph(self, batch: Batch) -> Sums:
+        """Per-document sums of a microbatch, for `torch.autograd.grad`: what the optimizer reduces is not touched.
+
+        For pp 1 and ZeRO 1 or 2: the stage runs alone, on whole weights. Collective over TP.
+        """
+
+    @abstractmethod
+    def layer_weights(self) -> list[LayerWeight]:
+        """The parameters of this rank's layers of the Atto, in the same order on every rank of a stage."""
+
+    @abstractmethod
     def state(self) -> TrainingState:
         """Global tensors, gathered; each is held by one rank of the world. Collective."""
 
@@ -98,6 +119,12 @@ class Host(ABC):
     @abstractmethod
     def scatter_stored(self, read: Reader, key: str) -> dict[str, Tensor]:
         """The inverse: what this rank stores of the global tensors `key/NAME`, by the names of `local_weights`."""
+
+
+def layer_of(name: str) -> int | None:
+    """Which of the Atto's layers a global name belongs to; None for every other parameter."""
+    match = re.match(r"atto\.layers\.(\d+)\.", name)
+    return int(match[1]) if match else None
 
 
 def read_shaped(read: Reader, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Tensor]:

@@ -12,6 +12,7 @@ from matformer.config.schema import RunConfig
 from matformer.hosts import deepspeed as zero
 from matformer.hosts.base import (
     Host,
+    LayerWeight,
     Objective,
     Reader,
     StepResult,
@@ -19,6 +20,7 @@ from matformer.hosts.base import (
     TrainingState,
     Trunk,
     build_optimizer,
+    layer_of,
     parameter_groups,
     read_shaped,
 )
@@ -104,6 +106,18 @@ class MegatronHost(Host):
         sums = [self.engine(batch) for batch in batches]
         zero.forget_gathered(self.engine)  # else an average that is swapped in afterwards has no effect
         return sums
+
+    def sums_with_graph(self, batch: Batch) -> Sums:
+        return self.model(batch.to(self.engine.device))
+
+    def layer_weights(self) -> list[LayerWeight]:
+        found = []
+        for name, parameter in self.model.named_parameters():
+            pieces = self.layouts[name].pieces
+            layer = layer_of(pieces[0].name)
+            if layer is not None:
+                found.append(LayerWeight(layer, parameter, any(piece.dim is not None for piece in pieces)))
+        return found
 
     @torch.no_grad()
     def state(self) -> TrainingState:

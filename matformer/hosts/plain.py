@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from matformer.config.schema import AttoConfig, ModelConfig, RunConfig
 from matformer.hosts.base import (
     Host,
+    LayerWeight,
     Objective,
     Reader,
     StepResult,
@@ -19,6 +20,7 @@ from matformer.hosts.base import (
     TrainingState,
     Trunk,
     build_optimizer,
+    layer_of,
     parameter_groups,
     read_shaped,
 )
@@ -146,6 +148,13 @@ class PlainHost(Host):
     @torch.no_grad()
     def forward_only(self, batches: Sequence[Batch]) -> list[Sums]:
         return [self.model(batch) for batch in batches]
+
+    def sums_with_graph(self, batch: Batch) -> Sums:
+        return self.model(batch)
+
+    def layer_weights(self) -> list[LayerWeight]:
+        named = [(layer_of(name), parameter) for name, parameter in self.model.named_parameters()]
+        return [LayerWeight(layer, parameter, sharded=False) for layer, parameter in named if layer is not None]
 
     def state(self) -> TrainingState:
         weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def initial_value(name: str, shape: tuple[int, ...], *, seed: int, depth: int) -
     if "embedding" in name:
         std = EMBEDDING_STD
     else:
-        std = HEAD_STD if ".head" in name else shape[-1] ** -0.5
+        std = HEAD_STD if ".head" in name else math.prod(shape[1:]) ** -0.5
     if name.endswith((".output.weight", ".down.weight")):
         std /= (2 * depth) ** 0.5
     return torch.randn(shape, generator=generator) * std

@@ -64,9 +64,16 @@ def local_view(
     Pieces are runs of the row. `tiled`: by tiles (see layers/tiles.py) and not folded; by default where the CPU is.
     """
     rotary = rotary_tables(place_U[:, None], pairs=(head_size // 2,), bases=(rotary_base,))
+    return LocalView(window_of(piece_U, window=window, both_ways=both_ways, tiled=tiled), rotary)
+
+
+def window_of(
+    piece_U: Int[Tensor, " U"], *, window: int, both_ways: bool, tiled: bool | None = None
+) -> Folded | Sequence[Tile]:
+    """Who sees whom, as `local_view` says it."""
     if tiled or (tiled is None and piece_U.device.type == "cpu"):
-        return LocalView(_tiles(piece_U, window=window, both_ways=both_ways), rotary)
-    return LocalView(_folded(piece_U, window=window, both_ways=both_ways), rotary)
+        return _tiles(piece_U, window=window, both_ways=both_ways)
+    return _folded(piece_U, window=window, both_ways=both_ways)
 
 
 def _tiles(piece_U: Int[Tensor, " U"], *, window: int, both_ways: bool) -> Sequence[Tile]:

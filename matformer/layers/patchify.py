@@ -39,7 +39,8 @@ def unpatchify(patches: Float[Tensor, "... N F"], *, grid: tuple[int, ...], patc
             f"patch must divide every axis of a grid, got patch {patch} for {tuple(grid)}; set media.patch"
         )
     rank, batch = len(grid), patches.shape[:-2]
+    channels = patches.shape[-1] // patch**rank
     first = len(batch)
-    x = patches.reshape(*batch, *(size // patch for size in grid), -1, *(patch for _ in grid))
+    x = patches.reshape(*batch, *(size // patch for size in grid), channels, *(patch for _ in grid))
     pairs = [place for axis in range(rank) for place in (first + axis, first + rank + 1 + axis)]
-    return x.permute(*range(first), first + rank, *pairs).reshape(*batch, -1, *grid)
+    return x.permute(*range(first), first + rank, *pairs).reshape(*batch, channels, *grid)

@@ -50,6 +50,35 @@ def _picture(folder: Path, name: str | None, *, alt: str) -> str:
     return f'<img alt="{page.text(alt)}" src="{source}">' if source else '<div class="none">–</div>'
 
 
+def films(samples: Tree, folder: Path) -> str:
+    """Clips of video, and pictures that fields of motion move; nothing where a run has neither."""
+    leads = {
+        "video": ("Video", "A held-out clip through the autoencoder, and what the model makes of its text."),
+        "motion": (
+            "Motion",
+            "A held-out picture moved by the vectors of its own video, and by those that the model draws after it.",
+        ),
+    }
+    parts = []
+    for name, (title, lead) in leads.items():
+        listed = samples.get(name, [])
+        cards = [f"<h3>{page.text(one.get('caption', ''))}</h3>{_films(folder, one, listed=listed)}" for one in listed]
+        parts += [page.section(title, page.grid(cards, cell="420px"), lead=lead)] if cards else []
+    return "".join(parts)
+
+
+def _films(folder: Path, one: Tree, *, listed: list[Tree]) -> str:
+    cells = [f"<div>{_film(folder, one.get(kind))}<span>{kind}</span></div>" for kind in _kinds(listed)]
+    return f'<div class="trio">{"".join(cells)}</div>'
+
+
+def _film(folder: Path, name: str | None) -> str:
+    source = page.data_uri(folder / name) if name else None
+    if source is None:
+        return '<div class="none">–</div>'
+    return f'<video controls loop muted autoplay playsinline src="{source}"></video>'
+
+
 def sounds(samples: Tree, folder: Path) -> str:
     """Players of real, reconstructed and generated sound."""
     title = "Sound"

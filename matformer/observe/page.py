@@ -43,6 +43,7 @@ svg.curve{display:block;width:100%;height:auto}
 figure{margin:0}figcaption{font-size:.9rem;margin-top:.6rem;line-height:1.4;overflow-wrap:anywhere}
 .trio{display:grid;grid-auto-flow:column;grid-auto-columns:1fr;gap:.5rem}
 .trio span{display:block;color:var(--muted);font-size:.74rem;margin-top:.2rem}
+.trio video{display:block;width:100%;border-radius:6px}
 .trio img,.picture img{display:block;width:100%;aspect-ratio:1;object-fit:contain;border-radius:6px;background:#fff}
 .none{display:grid;place-items:center;aspect-ratio:1;border:1px dashed var(--grid);border-radius:6px;color:var(--muted)}
 .players{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,230px),1fr));gap:.8rem 1.2rem}

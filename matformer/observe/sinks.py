@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
+from matformer.files import write_whole
+
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
@@ -49,12 +51,7 @@ class MetricsFile:
         """Forget rows of later steps: a resumed run writes them again. The file is replaced whole."""
         kept = [row for row in read_metrics(self.path) if row["step"] <= step]
         self.close()
-        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        with open(beside, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, self.path)
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
 
     def close(self) -> None:

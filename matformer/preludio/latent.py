@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import final
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from matformer.config.schema import MediaObjective, TimeConditioning
+from matformer.layers.cells import CellsDown, CellShape, canvases
 from matformer.layers.flow import clean_alone, noised_rows
 from matformer.layers.modulation import TimeModulation, modulate
 from matformer.layers.place_embedding import PlaceEmbedding
@@ -24,6 +26,7 @@ from matformer.preludio.base import Preludio
 class LatentPreludio(Preludio[MediaUnits]):
     """A linear map of each preconditioned patch, plus its place, and the time of its copy: t if noised, 0 if clean.
 
+    Before the map there may be convolutions over the cells of the span.
     The time is added, or scales and shifts the row (there is no block that a gate could close), or stands as a row of
     its own at the head of the noised span, or is not told here. `causal` (LatentLM): noised patches do not stand in the
     sequence, and are left to the Coda. The header is an embedding of the shape bucket, the
@@ -41,6 +44,8 @@ class LatentPreludio(Preludio[MediaUnits]):
         objective: MediaObjective = "flow",
         scaled: bool = True,
         time_conditioning: TimeConditioning = "add",
+        cells: CellShape | None = None,
+        unet_width: int = 0,
         causal: bool = False,
     ) -> None:
         super().__init__()
@@ -48,7 +53,11 @@ class LatentPreludio(Preludio[MediaUnits]):
         self.causal = causal
         self.entrance = ENTRANCES[time_conditioning].preludio
         self.precondition = Precondition(variance, objective=objective, scaled=scaled)
-        self.patch = nn.Linear(len(variance), atto_width)
+        self.cells = cells if unet_width else None
+        if self.cells is None:
+            self.patch = nn.Linear(len(variance), atto_width)
+        else:
+            self.patch = CellsDown(self.cells, width=unet_width, atto_width=atto_width)
         self.place = PlaceEmbedding(atto_width, sizes=places)
         if self.entrance == "film":
             self.time = TimeModulation(atto_width, parts=2)
@@ -65,7 +74,7 @@ class LatentPreludio(Preludio[MediaUnits]):
             torch.cat((noised, clean)), torch.cat((time_Q, time_Q.new_zeros(len(clean))))
         )
         row = torch.cat((units.noised_row_Q, units.clean_row_Q))
-        patches = self.patch(patch.to(self.patch.weight.dtype)) + self.place(units.place_NX[row])
+        patches = self._rows(patch.to(self.header_embedding.weight.dtype), units) + self.place(units.place_NX[row])
         rows = [
             self._told(patches, units),
             self.header_embedding(units.bucket_J),
@@ -76,6 +85,15 @@ class LatentPreludio(Preludio[MediaUnits]):
             rows.append(self.time(units.time_T[units.time_span_Q]))
             slots.append(units.time_slot_Q)
         return torch.cat(rows), torch.cat(slots)
+
+    def _rows(self, patch_QF: Float[Tensor, "Q F"], units: MediaUnits) -> Float[Tensor, "Q H"]:
+        """Rows of the noised patches and then of the clean ones; each copy of a span has a canvas of its own."""
+        if self.cells is None:
+            return self.patch(patch_QF)
+        row, spans = torch.cat((units.noised_row_Q, units.clean_row_Q)), len(units.bucket_J)
+        copy = units.span_N[row] + F.pad(torch.full_like(units.clean_row_Q, spans), (len(units.noised_row_Q), 0))
+        on = canvases(copy, units.place_NX[row], count=2 * spans, shape=self.cells, dtype=patch_QF.dtype)
+        return self.patch(patch_QF, on)
 
     def _told(self, patches_QH: Float[Tensor, "Q H"], units: MediaUnits) -> Float[Tensor, "Q H"]:
         """Rows of the noised patches and then of the clean ones, with their times."""

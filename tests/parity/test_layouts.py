@@ -25,6 +25,7 @@ from matformer.data.packing import (
     with_noise,
 )
 from matformer.data.sources import MediaSpan
+from matformer.engine.gradients import gradient_row
 from matformer.parcels import Batch
 from tests.made import (
     LENGTH,
@@ -36,6 +37,7 @@ from tests.made import (
     masked_batch,
     mixed_documents,
     one_a_row,
+    plain_host,
     text_only,
     tiny_run,
     with_audio,
@@ -160,6 +162,22 @@ def test_diffused_text_is_the_same_run_too(name: str, objective: str, world: Wor
     assert_same_run(trained, cases.train_plain(plain, steps))
 
 
+@pytest.mark.parametrize("steps", [mixed_steps, uneven_steps])
+@pytest.mark.parametrize("name", ["tp2 sequence parallel", "tp2 zero2", "dp2", "dp2 zero2", "tp2 dp2"])
+def test_the_losses_gradients_have_the_cosines_of_one_rank_and_leave_no_trace(
+    name: str, steps: Callable[[], list[GlobalBatch]], world: World
+) -> None:
+    config, plain = run_of(name), tiny_run(layers=LAYERS)
+    looked = world(config.parallel.ranks).run(cases.look_ranks, config, steps())
+    wanted = gradient_row(plain_host(plain), steps()[0], config=plain)
+    assert len(wanted) > 40
+    for row, _ in looked:
+        assert row.keys() == wanted.keys()
+        for key, value in wanted.items():
+            assert row[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
+    assert_same_run([trained for _, trained in looked], reference(steps))
+
+
 ADALN = ["tp2 sequence parallel", "pp2", "dp2 zero3"]
 
 
@@ -193,8 +211,11 @@ def test_modulations_that_keep_the_gradient_of_their_own_positions_are_seen(worl
 @pytest.mark.parametrize(
     ("name", "keys"),
     [
-        ("tp2 sequence parallel", {"time_conditioning": "token", "objective": "ddpm_eps", "media_context": "noised"}),
-        ("dp2 zero3", {"time_conditioning": "adaln_preludio_coda", "loss_weighting": "min_snr"}),
+        (
+            "tp2 sequence parallel",
+            {"time_conditioning": "token", "objective": "ddpm_eps", "media_context": "noised", "unet_width": 4},
+        ),
+        ("dp2 zero3", {"time_conditioning": "adaln_preludio_coda", "loss_weighting": "min_snr", "coda": "dit"}),
     ],
 )
 def test_other_ways_to_tell_the_time_and_a_noised_context_too(name: str, keys: dict[str, str], world: World) -> None:

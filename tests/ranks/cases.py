@@ -25,6 +25,7 @@ import matformer.engine.step as step_room
 from matformer.checkpoint.store import Checkpoint, save
 from matformer.config.schema import RunConfig
 from matformer.engine.average import Average
+from matformer.engine.gradients import gradient_row
 from matformer.engine.step import metrics_row, optimizer_step
 from matformer.hosts.base import Host
 from matformer.model import Matformer
@@ -63,6 +64,13 @@ def evaluate_ranks(config: RunConfig, batches: Sequence[Batch]) -> list[Arrays]:
     with hosted(config) as host:
         sums = host.forward_only(batches)
         return [_arrays(one) for one in sums] if host.groups.speaks else []
+
+
+def look_ranks(config: RunConfig, steps: Sequence[GlobalBatch]) -> tuple[dict[str, float], Trained]:
+    """What the losses' gradients say in the first step, and then that step and the others."""
+    with hosted(config) as host:
+        row = gradient_row(host, share(steps[0], host.groups), config=config)
+        return row, _train(host, config, steps)
 
 
 def meet_nan(config: RunConfig, poisoned: GlobalBatch, sound: GlobalBatch) -> tuple[list[bool], bool, bool]:

@@ -51,7 +51,7 @@ LAYOUTS = {
     "tp2": ("parallel.tp=2",),
     "pp2": ("parallel.pp=2",),
     "tp2 pp2": ("parallel.tp=2", "parallel.pp=2"),
-    "dp2": ("parallel.dp=2",),
+    "dp2": ("parallel.dp=2", "run.gradients_every_steps=2"),
     "dp2 zero2": ("parallel.dp=2", "parallel.zero_stage=2"),
     "dp2 zero3": ("parallel.dp=2", "parallel.zero_stage=3"),
 }
@@ -248,6 +248,18 @@ def test_a_layout_is_the_run_of_one_rank(house: House, layout: str) -> None:
     assert len(series(house.run("one"), "loss")) == STEPS and len(heldout) > 10
     for key in heldout:
         assert series(house.run(layout), key) == pytest.approx(series(house.run("one"), key), rel=LOSS), key
+
+
+@needs("dp2")
+def test_a_run_that_looks_at_gradients_writes_them_every_so_many_steps(house: House) -> None:
+    assert house("dp2").code == 0, house("dp2").error
+    rows = [row for row in metrics(house.run("dp2")) if "loss" in row]
+    looked = [row for row in rows if any(key.startswith("gradients/") for key in row)]
+    assert [row["step"] for row in looked] == list(range(2, STEPS + 1, 2))
+    for row in looked:
+        cosines = [value for key, value in row.items() if key.startswith("gradients/") and key.endswith("_cosine")]
+        assert cosines and all(-1.001 <= value <= 1.001 for value in cosines)
+    assert any("gradients/layer_00/text_media_norm_ratio" in row for row in looked)
 
 
 @needs("one", "dp2")

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from matformer.autoencoders import MDCTPCA, PatchPCA, load_autoencoder
+from matformer.autoencoders import MDCTPCA, ConvolutionalAutoencoder, PatchPCA, load_autoencoder
 from matformer.autoencoders.base import WEIGHTS_FILE
+from matformer.autoencoders.convolutional import Medium
 from matformer.autoencoders.mdct_pca import inverse_mdct, mdct, mdct_matrix
 from matformer.autoencoders.patch_pca import to_pixels, to_signed
 from matformer.errors import DataError
@@ -122,3 +123,37 @@ def test_sizes_that_do_not_fit_are_named() -> None:
         PatchPCA(factor=4, channels=6).encode(torch.zeros(1, 3, 10, 16))
     with pytest.raises(DataError, match="1 to 48 channels"):
         PatchPCA(factor=4, channels=49)
+
+
+def test_an_untrained_convolutional_one_is_the_closed_form_one() -> None:
+    pixels = smooth_pictures(8)
+    closed = PatchPCA.fit(pixels, factor=4, channels=6)
+    made = ConvolutionalAutoencoder.fit(list(pixels), medium="image", size=4, channels=6, width=8, blocks=1)
+    made.set_gains(to_signed(pixels))
+    moments = made.encode(to_signed(pixels))
+    torch.testing.assert_close(moments.mean, closed.encode(to_signed(pixels)).mean)
+    assert moments.logvar is not None and moments.logvar.shape == moments.mean.shape
+    torch.testing.assert_close(made(to_signed(pixels)), closed(to_signed(pixels)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("medium", ["image", "audio"])
+@torch.no_grad()
+def test_a_convolutional_one_comes_back_from_its_folder(medium: Medium, tmp_path: Path) -> None:
+    rate, raw = (None, list(smooth_pictures(4))) if medium == "image" else (8000, tones(4))
+    made = ConvolutionalAutoencoder.fit(raw, medium=medium, size=4, channels=3, width=8, blocks=1, sample_rate=rate)
+    for parameter in made.parameters():
+        parameter.add_(0.1)
+    made.save(tmp_path)
+    loaded = load_autoencoder(tmp_path, fingerprint=made.fingerprint)
+    media = to_signed(smooth_pictures(2)) if medium == "image" else tones(1)[0][None, None]
+    assert torch.equal(loaded(media), made(media)) and loaded.modality == medium
+    grid = tuple(loaded.encode(media).mean.shape[2:])
+    assert loaded.media_axes(grid) == tuple(media.shape[2:])
+
+
+def test_closed_form_ones_say_what_a_manifest_needs() -> None:
+    identity = MDCTPCA(hop=160, channels=8, sample_rate=8000).identity()
+    assert {key: identity[key] for key in ("kind", "channels", "downsampling", "media_channels", "sample_rate")} == {
+        "kind": "mdct_pca", "channels": 8, "downsampling": [160], "media_channels": 1, "sample_rate": 8000,
+    }  # fmt: skip
+    assert PatchPCA(factor=4, channels=6).media_axes((8, 16)) == (32, 64)

@@ -268,6 +268,14 @@ BROKEN = {
         ["model.media.image.objective=next_latent", "model.media.image.time_conditioning=adaln_atto"],
         ["model.media.image.time_conditioning", "adaln_atto", "next_latent"],
     ),
+    "a patch by itself sees no neighbour": (
+        ["model.media.image={objective: next_latent, coda: dit}"],
+        ["model.media.image.coda", "dit", "next_latent"],
+    ),
+    "no cell of a later patch is read": (
+        ["model.media.image={objective: next_latent, unet_width: 8}"],
+        ["model.media.image.unet_width", "8", "next_latent"],
+    ),
     "next latents have no token": (
         ["model.media.image.objective=next_latent", "model.media.image.time_conditioning=token"],
         ["model.media.image.time_conditioning", "token", "add or adaln_preludio_coda"],
@@ -289,6 +297,15 @@ BROKEN = {
         ["model.media.image.loss_weighting", "ddpm_v", "cosmap"],
     ),
     "pairs name a modality": (["data.sources.speech.modality=sound"], ["image, audio", "sound"]),
+    "a caption alone names none": (
+        ["data.sources.speech.shows=caption"],
+        ["data.sources.speech.modality", "absent for shows caption", "audio"],
+    ),
+    "text is shown whole": (["data.sources.text.shows=caption"], ["data.sources.text.shows", "form text"]),
+    "gradients of losses have whole weights": (
+        ["parallel.dp=2", "parallel.zero_stage=3", "run.gradients_every_steps=1"],
+        ["parallel.zero_stage", "1 and 3", "run.gradients_every_steps"],
+    ),
     "text names none": (["data.sources.text.modality=image"], ["data.sources.text.modality", "absent"]),
     "paths stay below the root": (["data.sources.text.path=../x"], ["data.sources.text.path", "../x"]),
     "tp divides heads": (["parallel.tp=3"], ["model.atto.heads", "8", "3", "parallel.tp"]),

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from matformer.config.schema import RunConfig
+from matformer.data.holdings import scored_sources
 from matformer.data.loader import Loader, heldout_batches, heldout_documents, merge_states
 from matformer.data.mixture import BadSamples, Mixture
 from matformer.data.packing import document_positions
@@ -336,6 +337,25 @@ def test_pairs_are_normalised_and_drawn_by_the_config(root: Path) -> None:
     assert 160 < english < 240
 
 
+def test_a_pair_can_show_one_side_alone(root: Path) -> None:
+    sides = {"words": ("caption", None), "pictures": ("medium", "image")}
+    sources = {
+        name: {"path": "images", "form": "pairs", "shows": shows, "modality": modality, "weight": 0.5}
+        for name, (shows, modality) in sides.items()
+    }
+    run = config(root, sources=sources)
+    words, pictures = (open_source(name, data=run.data, model=run.model, split="train") for name in sides)
+    assert [span.data for span in words.pick(3).spans if isinstance(span, TextSpan)] in ([b"a picture"], [b"un quadro"])
+    assert len(words.pick(3).spans) == 1
+    (span,) = pictures.pick(3, direction="generate").spans
+    assert isinstance(span, MediaSpan) and span.modality == "image" and span.role == "generate"
+    assert scored_sources(run.data, "image") == ["pictures"]
+    loader = Loader(run, prefetch=False)
+    batches = [batch for step in range(4) for batch in loader.next_global_batch(step)]
+    assert sum(batch.num_bytes for batch in batches) > 0
+    assert sum(len(batch.media["image"].noised_row_Q) for batch in batches) > 0
+
+
 def test_stored_patches_are_used_only_if_the_patcher_is_the_same(root: Path, tmp_path: Path) -> None:
     documents = write_text(tmp_path / "text" / "train", patch_bytes=5)
     for patch_bytes in (5, 4):
@@ -362,6 +382,80 @@ def test_a_damaged_sample_is_named_skipped_and_counted(tmp_path: Path, caplog: p
     strict = Loader(config(tmp_path, sources=only, max_bad_samples=0), prefetch=False)
     with pytest.raises(DataError, match=r"max_bad_samples"):
         run(strict, range(4))
+
+
+def test_latents_of_a_wrong_shape_or_not_finite_are_named_skipped_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "images" / "train"
+    spoiled = {2: np.zeros((2, 4, 6), np.float16), 3: np.full((2, 4, 4), np.nan, np.float16)}
+    spoiled |= {4: np.full((2, 4, 4), np.nan, np.float16), 5: np.zeros((3, 4, 4), np.float16)}
+    with ShardWriter(folder, form="pairs", extra={"latents": {"shift": [1.0, -1.0], "scale": 2.0}}) as writer:
+        for i in range(8):
+            facts = {"modality": "image", "key": f"i{i}", "texts": [{"lang": "en", "text": "a picture"}]}
+            latent = spoiled.get(i, np.full((2, 4, 4), i, np.float16))
+            writer.add(f"i{i}", {"moments.npy": npy(latent), "json": json.dumps(facts).encode()})
+    only = {"images": SOURCES["images"]}
+    loader = Loader(config(tmp_path, sources=only, max_bad_samples=4), prefetch=False)
+    keys = {key for step in range(4) for batch in loader.next_global_batch(step) for key in batch.document_keys}
+    assert keys == {f"images/i{i}" for i in (0, 1, 6, 7)}
+    assert len(loader.bad.seen) == 4  # two alike are two
+    for i, reason in (
+        (2, "a grid among"),
+        (3, "must be finite"),
+        (4, "must be finite"),
+        (5, "must have the 2 channels"),
+    ):
+        (line,) = [line for line in caplog.messages if f"of key i{i} in shard" in line]
+        assert reason in line and "shard-000000.tar" in line
+    with pytest.raises(DataError, match=r"max_bad_samples"):
+        run(Loader(config(tmp_path, sources=only, max_bad_samples=3), prefetch=False), range(4))
+
+
+def test_of_stored_moments_the_mean_is_read(tmp_path: Path) -> None:
+    extra = {"kind": "moments", "latents": {"shift": [1.0, -1.0], "scale": 2.0}}
+    with ShardWriter(tmp_path / "images" / "train", form="pairs", extra=extra) as writer:
+        facts = {"modality": "image", "key": "i", "texts": [{"lang": "en", "text": "a picture"}]}
+        latent = np.concatenate([np.full((2, 4, 4), 3), np.full((2, 4, 4), -9)]).astype(np.float16)
+        writer.add("i", {"moments.npy": npy(latent), "json": json.dumps(facts).encode()})
+    run_config = config(tmp_path)
+    spans = open_source("images", data=run_config.data, model=run_config.model, split="train").pick(0).spans
+    (span,) = [span for span in spans if isinstance(span, MediaSpan)]
+    assert (span.latent[0] == 4).all() and (span.latent[1] == 8).all()
+
+
+def coded(folder: Path, *, fingerprint: str, kind: str = "diffusers.AutoencoderKL", record: dict | None = None) -> None:
+    """A data set of pictures by an autoencoder of this identity."""
+    coder = {"kind": kind, "fingerprint": fingerprint} | ({"acceptance": record} if record else {})
+    extra = {"modality": "image", "latents": {"shift": [1.0, -1.0], "scale": 2.0}, "autoencoder": coder}
+    with ShardWriter(folder, form="pairs", extra=extra) as writer:
+        facts = {"modality": "image", "key": "i", "texts": [{"lang": "en", "text": "a picture"}]}
+        writer.add("i", {"moments.npy": npy(np.zeros((2, 4, 4), np.float16)), "json": json.dumps(facts).encode()})
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (None, "no record of an acceptance"),
+        ({"accepted": False, "fingerprint": "a", "failed": ["ssim 0.3 where min. 0.6 was asked"]}, "ssim 0.3"),
+        ({"accepted": True, "fingerprint": "b"}, "must be of fingerprint a, got b"),
+    ],
+)
+def test_latents_of_an_autoencoder_that_was_not_accepted_are_refused(
+    record: dict | None, reason: str, tmp_path: Path
+) -> None:
+    coded(tmp_path / "images" / "train", fingerprint="a", record=record)
+    with pytest.raises(DataError, match=rf"{reason}.*data_prep\.accept_autoencoder"):
+        Loader(config(tmp_path, sources={"images": SOURCES["images"]}), prefetch=False)
+    assert DataError.exit_code == 2
+
+
+def test_two_autoencoders_of_one_modality_are_refused(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        coded(tmp_path / name / "train", fingerprint=name, record={"accepted": True, "fingerprint": name})
+    sources = {name: {**SOURCES["images"], "path": name} for name in ("one", "other")}
+    with pytest.raises(DataError, match=r"must be of one autoencoder.*data\.sources"):
+        Loader(config(tmp_path, sources=sources), prefetch=False)
 
 
 def test_a_source_of_which_nothing_is_sound_stops_the_run(tmp_path: Path) -> None:

@@ -219,6 +219,15 @@ def test_the_last_evaluation_counts(run: Path) -> None:
     assert "Captions used: audio" in page and "0.012" in page
 
 
+def test_drawn_pictures_stand_beside_those_of_other_captions_and_real_ones(run: Path) -> None:
+    key = "heldout_ema/samples/image_top1"
+    numbers = {"": 0.16, "_stderr": 0.03, "_shuffled": 0.14, "_gain": 0.02, "_gain_stderr": 0.004, "_real": 0.37}
+    (run / "evaluation.json").write_text(json.dumps({"step": 60, **{f"{key}{end}": n for end, n in numbers.items()}}))
+    page = read(run)
+    assert "✓ beats captions of other concepts" in page, "by the error of the difference, not of each"
+    assert "0.370 <span class=error>real ones" in page
+
+
 def test_a_column_that_no_sample_fills_is_left_out(run: Path) -> None:
     index = run / "samples" / "samples.json"
     samples = json.loads(index.read_text())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -34,7 +36,7 @@ from matformer.engine.continuation import ask, continue_rows
 from matformer.engine.denoiser import denoise, denoising_batch, draw_media, guided_velocity, moved
 from matformer.engine.draws import Draws, Row, Solver, draw_answer
 from matformer.engine.text_writer import TextWriter, write_texts
-from matformer.errors import ParcelError
+from matformer.errors import ConfigError, ParcelError
 from matformer.hosts.plain import PlainHost
 from matformer.layers.flow import noised_rows
 from matformer.layers.noise_levels import levels
@@ -327,7 +329,7 @@ class GaussianOracle(Coda[MediaUnits]):
         return noise if self.objective == "ddpm_eps" else at.alpha * noise - at.sigma * clean
 
 
-@pytest.mark.parametrize(("solver", "tolerance"), [("euler", 0.1), ("heun", 0.03)])
+@pytest.mark.parametrize(("solver", "tolerance"), [("euler", 0.1), ("heun", 0.03), ("dpm", 0.03)])
 @pytest.mark.parametrize("objective", ["ddpm_eps", "ddpm_v"])
 def test_the_exact_answer_of_a_gaussian_gives_its_mean_and_spread_under_ddpm(
     objective: MediaObjective, solver: Solver, tolerance: float
@@ -344,7 +346,9 @@ def test_the_exact_answer_of_a_gaussian_gives_its_mean_and_spread_under_ddpm(
         assert np.abs(x_0 - (0.7 + 0.4 * x_1)).max() < tolerance
 
 
-@pytest.mark.parametrize(("solver", "guidance", "tolerance"), [("euler", 1.0, 0.1), ("heun", 3.0, 0.03)])
+@pytest.mark.parametrize(
+    ("solver", "guidance", "tolerance"), [("euler", 1.0, 0.1), ("heun", 3.0, 0.03), ("dpm", 3.0, 0.03)]
+)
 def test_the_exact_velocity_of_a_gaussian_gives_its_mean_and_spread(
     solver: Solver, guidance: float, tolerance: float
 ) -> None:
@@ -360,6 +364,32 @@ def test_the_exact_velocity_of_a_gaussian_gives_its_mean_and_spread(
         x_0 = patchify(torch.from_numpy(span.latent), rank=2, patch=2).numpy()
         x_1 = generator(0, "sample", "image", row.number, 1).standard_normal(x_0.shape, dtype=np.float32)
         assert np.abs(x_0 - (0.7 + 0.4 * x_1)).max() < tolerance
+
+
+@pytest.mark.parametrize("objective", ["flow", "ddpm_v"])
+def test_ten_steps_of_dpm_solver_are_nearer_than_ten_of_euler(objective: MediaObjective) -> None:
+    """x ~ N(0.7, 0.4^2), whose way from t = 1 to 0 is known."""
+
+    def velocity(x: Tensor, time: float) -> Tensor:
+        at = levels(torch.tensor(time, dtype=torch.float64), objective=objective)
+        surprise = (x - at.alpha * 0.7) / (at.alpha.square() * 0.16 + at.sigma.square())
+        clean, noise = 0.7 + at.alpha * 0.16 * surprise, at.sigma * surprise
+        return noise - clean if objective == "flow" else at.alpha * noise - at.sigma * clean
+
+    x_1 = torch.linspace(-2, 2, 21, dtype=torch.float64)
+    wrong = {
+        solver: float(
+            (denoise(velocity, x_1, steps=10, solver=solver, objective=objective) - (0.7 + 0.4 * x_1)).abs().max()
+        )
+        for solver in get_args(Solver)
+    }
+    assert wrong["dpm"] < 0.5 * wrong["euler"], wrong
+
+
+def test_dpm_solver_without_diffusers_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers.schedulers.scheduling_dpmsolver_multistep", None)
+    with pytest.raises(ConfigError, match=r"--solver dpm needs diffusers.*--solver heun"):
+        denoise(lambda x, _: x, torch.zeros(1), steps=2, solver="dpm")
 
 
 def test_guidance_mixes_the_velocities_with_and_without_the_condition() -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from matformer.config.check import check
-from matformer.config.load import load_run
+from jobs import load_checked
+
 from matformer.config.schema import RunConfig
 from matformer.data.entropy import entropies, load_entropy_model
 from matformer.data.matching import TOLERANCE, matched, pick_threshold
@@ -19,6 +18,7 @@ from matformer.data.patching import EntropyPatcher, build_patcher, text_symbols
 from matformer.data.pieces import load_pieces, train_pieces
 from matformer.data.sources import TextSpan, open_source
 from matformer.errors import ConfigError
+from matformer.files import write_whole
 from matformer.parallel.seeds import Permutation
 
 log = logging.getLogger("ablate.arms")
@@ -67,9 +67,7 @@ def config_file(arm: str) -> Path:
 
 def load_arm(arm: str, overrides: Sequence[str] = ()) -> RunConfig:
     """The checked config of an arm. Raises ConfigError."""
-    config = load_run(config_file(arm), overrides)
-    check(config)
-    return config
+    return load_checked(config_file(arm), overrides)
 
 
 def train_texts(config: RunConfig) -> Iterator[bytes]:
@@ -168,11 +166,3 @@ def _learn_pieces(config: RunConfig, prepared: Prepared, *, texts: Iterator[byte
     )
     write_whole(file, pieces.model)
     prepared.pieces, prepared.vocabulary = str(file), len(load_pieces(file))
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(data)
-    os.replace(beside, path)

@@ -10,14 +10,17 @@ Lookups and sums of embeddings, norms, rotary turns, softmax and the optimizer a
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,10 +31,13 @@ from matformer.data.entropy import entropies, load_entropy_model
 from matformer.data.loader import Loader
 from matformer.engine.loop import build_host, build_model, num_parameters
 from matformer.engine.step import optimizer_step
+from matformer.files import write_whole
 from matformer.hosts.base import Host
 from matformer.parallel.process import settle
 from matformer.parcels import Batch
 from matformer.preludio.text import Pool
+
+Kind = TypeVar("Kind")
 
 WARM_UP, TIMED, COUNTED, LOADED = 1, 5, 5, 100
 """Steps: not timed, timed, counted, and all that are loaded for the mean number of bytes."""
@@ -53,6 +59,16 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class MediaCost:
+    """Of one arm that learns media: of a training step of the mixture."""
+
+    parameters: int
+    flops_a_step: float
+    atto_share: float
+    cpu_seconds_a_step: float
+
+
+@dataclass(frozen=True)
 class StepFlops:
     """Of one training step: what torch counts inside the Atto and outside, and what is added in closed form."""
 
@@ -67,7 +83,34 @@ def cost_of(config: RunConfig, sample: Sequence[bytes]) -> Cost:
         return pool.apply(_cost_of, (config, list(sample)))
 
 
-def _cost_of(config: RunConfig, sample: Sequence[bytes]) -> Cost:
+def media_cost_of(config: RunConfig) -> MediaCost:
+    """Measured in a process of its own, with one thread."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_media_cost_of, (config,))
+
+
+def kept_cost(config: RunConfig, folder: Path, *, kind: type[Kind], measure: Callable[[], Kind]) -> Kind:
+    """Measured once for a config: whatever changes the numbers names the file, the counting itself included."""
+    tree = config.model_dump(mode="json", exclude={"name": True, "run": True, "eval": True})
+    parts = [tree, torch.__version__, Path(__file__).read_text(encoding="utf-8")]
+    name = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    file = folder / f"{config.name}-{name}.json"
+    if not file.is_file():
+        write_whole(file, json.dumps(vars(measure()), indent=1).encode())
+    return kind(**json.loads(file.read_text(encoding="utf-8")))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of the first training steps: products of those that were counted, seconds of those that were timed, all bytes."""
+
+    counted: list[StepFlops]
+    seconds: list[float]
+    num_bytes: list[int]
+
+
+def _measured(config: RunConfig, *, loaded: int = 0) -> Measured:
+    """Warm-up, timed steps, counted steps; then batches are loaded until there are `loaded`."""
     settle(1)
     host = build_host(config)
     model = build_model(host, config)
@@ -83,18 +126,35 @@ def _cost_of(config: RunConfig, sample: Sequence[bytes]) -> Cost:
     for step in range(WARM_UP + TIMED):
         began = time.process_time()
         optimizer_step(host, load(), config=config, step=step)
-        seconds.append((time.process_time() - began) / num_bytes[-1])
+        seconds.append(time.process_time() - began)
     counted = [step_flops(host, model, load(), config=config, step=len(seconds)) for _ in range(COUNTED)]
-    counted_bytes = sum(num_bytes[-COUNTED:])
-    while len(num_bytes) < LOADED:
+    while len(num_bytes) < loaded:
         load()
+    return Measured(counted, seconds, num_bytes)
+
+
+def _media_cost_of(config: RunConfig) -> MediaCost:
+    measured = _measured(config)
+    flops = [one.atto + one.rest + one.unseen for one in measured.counted]
+    return MediaCost(
+        parameters=num_parameters(config),
+        flops_a_step=statistics.fmean(flops),
+        atto_share=sum(one.atto for one in measured.counted) / sum(flops),
+        cpu_seconds_a_step=statistics.median(measured.seconds[WARM_UP:]),
+    )
+
+
+def _cost_of(config: RunConfig, sample: Sequence[bytes]) -> Cost:
+    measured = _measured(config, loaded=LOADED)
+    num_bytes, done = measured.num_bytes, WARM_UP + TIMED
+    a_byte = [seconds / size for seconds, size in zip(measured.seconds, num_bytes, strict=False)]
     return _summed(
-        counted,
+        measured.counted,
         bytes_a_step=statistics.fmean(num_bytes),
-        counted_bytes=counted_bytes,
+        counted_bytes=sum(num_bytes[done : done + COUNTED]),
         patcher=patcher_flops(config, sample),
         config=config,
-        cpu_seconds_a_mb=1e6 * statistics.median(seconds[WARM_UP:]),
+        cpu_seconds_a_mb=1e6 * statistics.median(a_byte[WARM_UP:]),
     )
 
 

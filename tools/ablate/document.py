@@ -17,6 +17,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from tables import CLEAR, COLOURS, GRID, MUTED, markdown, sorted_out, with_spread
 
 Results = Mapping[str, Any]
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -37,12 +38,8 @@ HEAD = (
 )
 BOUNDED = ("masked_diffusion", "block_diffusion")
 """Arms of which an upper bound is known: below the reference says something, above it does not."""
-CLEAR = 2.0
-"""Standard errors from which a difference is called one, if every seed has its sign."""
 SHORT = 20.0
 """Bytes a parameter below which a run is called short."""
-COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4b5563")
-MUTED, GRID = "#6b7280", "#e5e7eb"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,37 +73,24 @@ def render(results: Results, *, picture: str) -> str:
 def table(results: Results, runs: Runs) -> str:
     """One row an arm, best first, and the baselines below."""
     order = sorted(runs, key=lambda arm: _mean(runs[arm], "bits_per_byte"))
-    lines = ["| " + " | ".join(HEAD) + " |", "|---|" + "---:|" * (len(HEAD) - 1)]
-    lines += ["| " + " | ".join(_row(results, arm, runs)) + " |" for arm in order]
+    rows = [_row(results, arm, runs) for arm in order]
     for name, value in results["baselines"].items():
         blank = [""] * (len(HEAD) - HEAD.index("bits per byte") - 1)
-        cells = [f"*{name}*", *[""] * (HEAD.index("bits per byte") - 1), f"{value:.3f}", *blank]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([f"*{name}*", *[""] * (HEAD.index("bits per byte") - 1), f"{value:.3f}", *blank])
+    return markdown(HEAD, rows)
 
 
 def came_out(results: Results, runs: Runs) -> str:
     """In words: who is clearly below and above the reference, and where everybody stands beside order 2."""
     reference = results["reference"]
-    sides: dict[str, list[str]] = {"below": [], "above": [], "not clearly apart from": []}
-    for arm in runs:
-        if arm != reference:
-            sides[verdict(results["paired"][_key(results, runs)][arm])].append(f"`{arm}`")
-    said = [f"{side} `{reference}`: {', '.join(arms)}" for side, arms in sides.items() if arms]
+    paired = results["paired"][_key(results, runs)]
+    said = sorted_out({arm: paired[arm] for arm in runs if arm != reference}, reference=reference)
     best = min(runs, key=lambda arm: _mean(runs[arm], "bits_per_byte"))
     sentence = f"Lowest: `{best}`, {_mean(runs[best], 'bits_per_byte'):.3f} bits per byte."
     if said:
-        joined = "; ".join(said)
-        sentence += f" {joined[0].upper()}{joined[1:]} ({CLEAR:g} standard errors and one sign under all seeds)."
+        sentence += f" {said} ({CLEAR:g} standard errors and one sign under all seeds)."
     beaten = [name for name, value in results["baselines"].items() if value < _mean(runs[best], "bits_per_byte")]
     return sentence + (f" Without a model, lower than every arm: {', '.join(beaten)}." if beaten else "")
-
-
-def verdict(paired: Mapping[str, Any]) -> str:
-    """On which side of the reference an arm stands."""
-    value, stderr, seeds = paired["value"], paired["stderr"], paired["by_seed"]
-    clear = stderr is not None and abs(value) > CLEAR * stderr and all(one * value > 0 for one in seeds)
-    return "not clearly apart from" if not clear else "below" if value < 0 else "above"
 
 
 def _row(results: Results, arm: str, runs: Runs) -> list[str]:
@@ -119,7 +103,7 @@ def _row(results: Results, arm: str, runs: Runs) -> list[str]:
         f"{_mean(own, 'steps'):.0f}",
         f"{_mean(own, 'bytes') / 1e6:.3f}",
         f"{_mean(own, 'flops') / 1e12:.2f}",
-        f"{'≤ ' if arm in BOUNDED else ''}{_mean(own, 'bits_per_byte'):.3f} ± {_spread(own):.3f}",
+        f"{'≤ ' if arm in BOUNDED else ''}{with_spread([run['bits_per_byte'] for run in own])}",
         *_difference(results, arm, runs),
         f"{facts['cpu_seconds_a_mb']:.0f}",
     ]
@@ -140,11 +124,6 @@ def _key(results: Results, runs: Runs) -> str:
 
 def _mean(runs: Sequence[Mapping[str, Any]], key: str) -> float:
     return statistics.fmean(run[key] for run in runs)
-
-
-def _spread(runs: Sequence[Mapping[str, Any]]) -> float:
-    """Standard deviation over seeds; 0 of a single one."""
-    return statistics.stdev(run["bits_per_byte"] for run in runs) if len(runs) > 1 else 0.0
 
 
 def _how(results: Results) -> str:

@@ -1,35 +1,33 @@
-"""Runs of an ablation: the ordinary training door as processes of one thread, and held-out bits by document."""
+"""Runs of an ablation: the ordinary training door as processes of one thread."""
 
 from __future__ import annotations
 
-import functools
-import json
 import logging
 import math
-import multiprocessing
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from arms import write_whole
-
+from matformer.config.check import check
 from matformer.config.load import changed_keys, load_run
-from matformer.engine.evaluate import text_by_document
+from matformer.config.schema import RunConfig
+from matformer.data.statistics import with_statistics
 from matformer.engine.folder import KEYS_WITHOUT_EFFECT_ON_NUMBERS
-from matformer.engine.restore import load_for_inference
 from matformer.errors import CheckpointError
 from matformer.observe.sinks import read_metrics
-from matformer.parallel.process import settle
 
 log = logging.getLogger("ablate.runs")
 
-SCORES_FILE = "documents.json"
-PROJECT = Path(__file__).resolve().parents[2]
+
+def load_checked(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """A run file whose keys fit together. Raises ConfigError."""
+    config = load_run(file, overrides)
+    check(config)
+    return config
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def finished(job: Job) -> bool:
     config = job.folder / "config.yaml"
     if not (job.folder / "finished").is_file() or not config.is_file():
         return False
-    changed = changed_keys(load_run(config), load_run(job.config, job.keys))
+    changed = changed_keys(load_run(config), with_statistics(load_run(job.config, job.keys)))  # as the door saved it
     return not [key for key in changed if not key.startswith(KEYS_WITHOUT_EFFECT_ON_NUMBERS)]
 
 
@@ -92,37 +90,11 @@ def _train(job: Job) -> None:
     log.info("trained %s", job.folder.name)
 
 
-def score_all(jobs: Sequence[Job], *, at_once: int, num_bytes: int) -> dict[Job, dict[str, Any]]:
-    """For each job, `bits` and `bytes` of each document of `num_bytes` of held-out text under the last weights."""
-    todo = [job for job in dict.fromkeys(jobs) if not _scored(job, num_bytes=num_bytes)]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(at_once, mp_context=context, initializer=settle, initargs=(1,)) as pool:
-        for _ in pool.map(functools.partial(score, num_bytes=num_bytes), [job.folder for job in todo]):
-            pass
-    return {job: json.loads((job.folder / SCORES_FILE).read_text(encoding="utf-8")) for job in dict.fromkeys(jobs)}
-
-
-def _scored(job: Job, *, num_bytes: int) -> bool:
-    path = job.folder / SCORES_FILE
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["asked"] == num_bytes
-
-
-def score(folder: Path, *, num_bytes: int) -> None:
-    """Held-out documents of `num_bytes`, whole or not at all into the run's folder."""
-    config, host, _ = load_for_inference(folder, ema=False)
-    asked = config.eval.model_copy(update={"text_bytes": num_bytes})
-    scored = text_by_document(host, config.model_copy(update={"eval": asked}))
-    keys = sorted(scored)  # arms may pack them in another order
-    bits, sizes = ([scored[key][part] for key in keys] for part in (0, 1))
-    found = {"asked": num_bytes, "keys": keys, "bits": bits, "bytes": sizes}
-    write_whole(folder / SCORES_FILE, json.dumps(found).encode())
-
-
-def curve(folder: Path) -> list[tuple[float, float]]:
-    """(bytes seen, held-out bits per byte) on the way, under the weights of the moment."""
+def curve(folder: Path, *, key: str, over: str) -> list[tuple[float, float]]:
+    """(`over`, `key`) on the way, under the weights of the moment, where `key` was measured."""
     points, seen = [], 0.0
     for row in read_metrics(folder / "metrics.jsonl"):
-        seen = row.get("bytes_seen", seen)
-        if "heldout/text/bits_per_byte" in row:
-            points.append((seen, row["heldout/text/bits_per_byte"]))
+        seen = row.get(over, seen)
+        if key in row:
+            points.append((seen, row[key]))
     return points

@@ -11,11 +11,8 @@ that are finished stay, those that were interrupted resume. To begin anew remove
 from __future__ import annotations
 
 import argparse
-import datetime
-import hashlib
 import json
 import logging
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -23,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from arms import (
     ARMS,
     MATCHED_ON_BYTES,
@@ -37,9 +33,11 @@ from arms import (
     taken,
     train_texts,
 )
-from cost import Cost, cost_of
+from cost import Cost, cost_of, kept_cost
 from document import write
-from jobs import Job, curve, score_all, train_all
+from jobs import Job, curve, train_all
+from made import add_arguments, made
+from scores import score_all, score_texts
 
 from matformer.config.schema import RunConfig
 from matformer.engine.baselines import compute_baselines, ratio
@@ -47,7 +45,7 @@ from matformer.errors import ConfigError, MatformerError
 
 log = logging.getLogger("ablate")
 
-COUNTING = Path(__file__).with_name("cost.py")
+SCORES_FILE = "documents.json"
 PATCHER_SAMPLE_BYTES = 100_000
 CONTEXT_TOLERANCE = 0.05
 BASELINES = {"text/order0": "order-0 bytes", "text/order2": "order-2 bytes", "text/xz": "xz -9e"}
@@ -89,7 +87,8 @@ def ablate(asked: argparse.Namespace) -> dict[str, Any]:
     jobs = _jobs(asked, costs, overrides=overrides)
     everything = [job for table in jobs.values() for arm in table.values() for job in arm]
     train_all(everything, at_once=asked.jobs)
-    scores = score_all(everything, at_once=asked.jobs, num_bytes=asked.heldout_bytes)
+    wanted = {"num_bytes": asked.heldout_bytes}
+    scores = score_all(everything, score_texts, asked=wanted, file=SCORES_FILE, at_once=asked.jobs)
     results = {
         "made": _made(
             asked,
@@ -142,18 +141,10 @@ def _prepared_keys(arm: str, prepared: Prepared, overrides: Sequence[str]) -> li
 
 
 def _cost(config: RunConfig, sample: Sequence[bytes], *, kept: Path) -> Cost:
-    """Measured once for a config: whatever changes the numbers names the file, the counting itself included."""
-    tree = config.model_dump(mode="json", exclude={"name": True, "run": True, "eval": True})
-    name = hashlib.sha256(
-        json.dumps([tree, torch.__version__, COUNTING.read_text()], sort_keys=True).encode()
-    ).hexdigest()[:16]
-    file = kept / f"{config.name}-{name}.json"
-    if not file.is_file():
-        cost = cost_of(config, taken(iter(sample), num_bytes=PATCHER_SAMPLE_BYTES))
-        kept.mkdir(exist_ok=True)
-        file.write_text(json.dumps(asdict(cost), indent=1), encoding="utf-8")
-        log.info("%s: %.2f MFLOPs and %.0f CPU us a byte", config.name, cost.flops_a_byte / 1e6, cost.cpu_seconds_a_mb)
-    return Cost(**json.loads(file.read_text(encoding="utf-8")))
+    few = taken(iter(sample), num_bytes=PATCHER_SAMPLE_BYTES)
+    cost = kept_cost(config, kept, kind=Cost, measure=lambda: cost_of(config, few))
+    log.info("%s: %.2f MFLOPs and %.0f CPU us a byte", config.name, cost.flops_a_byte / 1e6, cost.cpu_seconds_a_mb)
+    return cost
 
 
 def _jobs(
@@ -177,7 +168,7 @@ def _table(table: Mapping[str, Sequence[Job]], costs: Mapping[str, Cost], *, sco
 
 
 def _run(job: Job, cost: Cost, *, score: Mapping[str, Any]) -> dict[str, Any]:
-    points = curve(job.folder)
+    points = curve(job.folder, key="heldout/text/bits_per_byte", over="bytes_seen")
     seen = points[-1][0]
     return {
         "seed": job.seed,
@@ -206,13 +197,8 @@ def _made(
     asked: argparse.Namespace, prepared: Prepared, score: Mapping[str, Any], *, curve_bytes: int
 ) -> dict[str, Any]:
     """When, where and with what."""
-    return {
-        "command": " ".join(["python", "tools/ablate/text_frontends.py", *(asked.command or [])]),
-        "date": datetime.date.today().isoformat(),
-        "machine": _machine(),
-        "torch": torch.__version__,
+    return made("text_frontends.py", asked) | {
         "bytes": asked.bytes,
-        "seeds": asked.seeds,
         "heldout_documents": len(score["keys"]),
         "heldout_bytes": sum(score["bytes"]),
         "curve_bytes": curve_bytes,
@@ -221,25 +207,11 @@ def _made(
     }
 
 
-def _machine() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
-    return f"{len(os.sched_getaffinity(0))} cores of {model}"
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", type=lambda text: text.split(","), default=list(ARMS))
-    parser.add_argument("--seeds", type=lambda text: [int(one) for one in text.split(",")], default=[0, 1, 2])
+    add_arguments(parser, arms=ARMS, out=Path("runs/ablation/text"), document=Path("docs/results/text_frontends.md"))
     parser.add_argument("--bytes", type=int, default=400_000, help="of text that a run of the first table sees")
     parser.add_argument("--heldout-bytes", type=int, default=100_000, help="that every run is scored on")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at once, a thread each")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablation/text"))
-    parser.add_argument("--document", type=Path, default=Path("docs/results/text_frontends.md"))
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.set_defaults(command=sys.argv[1:])
     return parser
 
 

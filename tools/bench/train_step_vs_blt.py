@@ -17,7 +17,6 @@ import resource
 import statistics
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +24,8 @@ import numpy as np
 import torch
 from common import cpu_seconds, finish, in_turn, ratios, shown
 from rich.table import Table
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
+from training_steps import Step, flops_of, matmul_gflops, training_step
 
 from matformer.data.packing import build_batch
 from matformer.data.patching import StaticPatcher
@@ -42,7 +41,6 @@ with warnings.catch_warnings():
     from transformers import BltConfig, BltForCausalLM
 
 WARM_UP, PATCH, ROWS = 2, 4, 2
-Step = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -87,24 +85,16 @@ def blt(shape: Shape) -> BltForCausalLM:
     return BltForCausalLM(config)
 
 
-def autocast(dtype: str) -> torch.autocast:
-    """The numbers that matrix products take."""
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16")
-
-
 def their_step(shape: Shape, dtype: str) -> tuple[nn.Module, Step]:
     """Their model and its step over random bytes."""
     model = blt(shape)
     symbols = torch.randint(4, 260, (ROWS, shape.symbols), generator=torch.Generator().manual_seed(1))
     lengths = torch.full((ROWS, shape.symbols // PATCH), PATCH)
 
-    def step() -> None:
-        model.zero_grad(set_to_none=True)
-        with autocast(dtype):
-            loss = model(symbols, labels=symbols, use_cache=False, patch_lengths=lengths).loss
-        loss.backward()
+    def loss() -> Tensor:
+        return model(symbols, labels=symbols, use_cache=False, patch_lengths=lengths).loss
 
-    return model, step
+    return model, training_step(model, loss, dtype=dtype)
 
 
 def our_step(shape: Shape, dtype: str) -> tuple[nn.Module, Step]:
@@ -120,14 +110,10 @@ def our_step(shape: Shape, dtype: str) -> tuple[nn.Module, Step]:
     batch = build_batch(documents, model=config, sequence_latents=1 + shape.symbols // PATCH)
     counts, weights = batch.counts(), {"text": 1.0, "router": 0.1}
 
-    def step() -> None:
-        model.zero_grad(set_to_none=True)
-        with autocast(dtype):
-            sums: Any = model(batch)
-            loss = total_loss(sums, counts=counts, weights=weights)
-        loss.backward()
+    def loss() -> Tensor:
+        return total_loss(model(batch), counts=counts, weights=weights)
 
-    return model, step
+    return model, training_step(model, loss, dtype=dtype)
 
 
 ARMS = {"ours": our_step, "theirs": their_step}
@@ -151,34 +137,6 @@ def _peak_growth(arm: str, shape: str, dtype: str) -> float:
 def _resident_now() -> float:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize() / 2**20
-
-
-def flops_of(step: Step) -> int:
-    """Of one step, as torch counts them: products and attention."""
-    counter = FlopCounterMode(display=False)
-    with counter:
-        step()
-    return counter.get_total_flops()
-
-
-def matmul_gflops(model: nn.Module, step: Step, dtype: str) -> float:
-    """Of plain products of the sizes of the model's matrices: what one core gives at best."""
-    sizes: list[tuple[int, int, int]] = []
-
-    def note(module: Any, inputs: tuple[torch.Tensor], _: object) -> None:  # noqa: ANN401 - torch's contract
-        out, width = module.weight.shape
-        sizes.append((inputs[0].numel() // width, out, width))
-
-    hooks = [module.register_forward_hook(note) for module in model.modules() if isinstance(module, nn.Linear)]
-    step()
-    for hook in hooks:
-        hook.remove()
-    kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    pairs = [
-        (torch.randn(rows, width).to(kind), torch.randn(width, out).to(kind)) for rows, out, width in sizes if rows
-    ]
-    seconds = min(cpu_seconds(lambda: [a @ b for a, b in pairs]) for _ in range(7))
-    return sum(2 * a.shape[0] * b.numel() for a, b in pairs) / seconds / 1e9
 
 
 def measure(name: str, dtype: str, steps: int) -> dict[str, Any]:

@@ -1,0 +1,219 @@
+"""Bytes of a picture, sound, video or array -> the numbers an autoencoder takes, in one of a few shapes.
+
+What is no such medium, or fits none of the shapes, raises DataError: encoding counts it and goes on.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import soundfile
+import torch
+from jaxtyping import Float
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from data_prep.speech import SILENCE, levelled, resampled, trimmed
+from data_prep.video import frames_of
+from matformer.autoencoders import Autoencoder
+from matformer.errors import DataError
+
+Fit = Literal["pad", "crop", "exact"]
+Level = Literal["speech", "as-is"]
+SUFFIXES = {
+    "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".npy"),
+    "audio": (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".npy"),
+    "video": (".mp4", ".mkv", ".webm", ".mov", ".avi", ".npy"),
+    "tensor": (".npy",),
+}
+"""The files that are taken for media of a modality; `.npy` is an array [c, *axes] that is ready to be encoded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """How media become arrays of a few shapes.
+
+    buckets: grids in latent cells. axes: the media's sizes that give them. fit: of pictures and frames: `pad` centres
+    on white, `crop` cuts to the shape, `exact` takes only what has it. level: of sound: `speech` cuts silence at the
+    ends and levels, `as-is` does neither. fps: frames a second that a video is read at.
+    """
+
+    modality: str
+    channels: int
+    buckets: tuple[tuple[int, ...], ...]
+    axes: tuple[tuple[int, ...], ...]
+    sample_rate: int | None = None
+    fit: Fit = "pad"
+    level: Level = "speech"
+    fps: float = 8.0
+
+    @classmethod
+    def of(
+        cls, autoencoder: Autoencoder, *, buckets: Sequence[Sequence[int]], fit: Fit = "pad",
+        level: Level | None = None, fps: float = 8.0,
+    ) -> Preparation:  # fmt: skip
+        """For this autoencoder; without `level`, one channel is taken for speech.
+
+        Raises DataError if a bucket has not its rank, or several channels are to be levelled as speech.
+        """
+        level = level or ("speech" if autoencoder.media_channels == 1 else "as-is")
+        if level == "speech" and autoencoder.media_channels > 1 and autoencoder.sample_rate is not None:
+            raise DataError(
+                f"sound of {autoencoder.media_channels} channels must be taken as it is, got --level speech; set "
+                "--level as-is"
+            )
+        rank = len(autoencoder.downsampling)
+        for bucket in buckets:
+            if len(bucket) != rank or min(bucket) < 1:
+                raise DataError(
+                    f"a shape bucket of {autoencoder.kind} must have {rank} positive sizes, got {tuple(bucket)}; "
+                    "change --buckets"
+                )
+        return cls(
+            modality=autoencoder.modality,
+            channels=autoencoder.media_channels,
+            buckets=tuple(tuple(bucket) for bucket in buckets),
+            axes=tuple(autoencoder.media_axes(bucket) for bucket in buckets),
+            sample_rate=autoencoder.sample_rate,
+            fit=fit,
+            level=level,
+            fps=fps,
+        )
+
+    def manifest(self) -> dict[str, Any]:
+        """As manifests carry it."""
+        return asdict(self)
+
+    def read(self, data: bytes, *, suffix: str) -> tuple[int, np.ndarray]:
+        """(bucket, array [c, *axes]): uint8 of pictures and video, float32 else. Raises DataError."""
+        if suffix == ".npy":
+            return self._array(data)
+        if self.modality == "audio":
+            return self._sound(data)
+        if self.modality == "video":
+            return self._video(data)
+        return self._picture(data)
+
+    def _array(self, data: bytes) -> tuple[int, np.ndarray]:
+        try:
+            array = np.load(io.BytesIO(data), allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"an array must be a whole .npy file, got: {error}; repair or remove it") from error
+        if array.ndim == 0 or len(array) != self.channels or array.shape[1:] not in self.axes:
+            raise DataError(
+                f"an array must have {self.channels} channels and axes among {list(self.axes)}, got shape "
+                f"{array.shape}; change --buckets"
+            )
+        return self.axes.index(array.shape[1:]), np.ascontiguousarray(array, np.float32)
+
+    def _picture(self, data: bytes) -> tuple[int, np.ndarray]:
+        try:
+            with Image.open(io.BytesIO(data)) as file:
+                ImageOps.exif_transpose(file, in_place=True)  # as a viewer turns it
+                drawing = file.convert("RGB" if file.mode in ("RGB", "L", "CMYK", "YCbCr") else "RGBA")
+        # a damaged PNG raises SyntaxError, damaged sizes ValueError
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+            raise DataError(
+                f"a picture must be a whole file that pillow opens, got: {error}; repair or remove it"
+            ) from error
+        bucket = self._nearest(drawing.size, sides=self.axes)
+        return bucket, _channels_first(self._fitted(drawing, sides=self.axes[bucket]))
+
+    def _video(self, data: bytes) -> tuple[int, np.ndarray]:
+        frames = [Image.fromarray(frame) for frame in frames_of(data, fps=self.fps, most=max(a[0] for a in self.axes))]
+        fitting = [axes for axes in self.axes if axes[0] <= len(frames)]
+        if not fitting:
+            raise DataError(
+                f"a video must have at least {min(axes[0] for axes in self.axes)} frames at {self.fps:g} a second, "
+                f"got {len(frames)}; change --fps or --buckets"
+            )
+        longest = [axes for axes in fitting if axes[0] == max(axes[0] for axes in fitting)]
+        axes = longest[self._nearest(frames[0].size, sides=[axes[1:] for axes in longest])]
+        chosen = [self._fitted(frame, sides=axes[1:]) for frame in frames[: axes[0]]]
+        return self.axes.index(axes), np.stack([_channels_first(frame) for frame in chosen], 1)
+
+    def _sound(self, data: bytes) -> tuple[int, np.ndarray]:
+        assert self.sample_rate is not None
+        try:
+            wave, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+        except (OSError, soundfile.LibsndfileError) as error:
+            raise DataError(
+                f"a sound must be a whole file that libsndfile opens, got: {error}; repair or remove it"
+            ) from error
+        mixed = [wave.mean(1)] if self.channels == 1 or wave.shape[1] == 1 else list(wave.T[: self.channels])
+        channels = [resampled(channel, rate=rate, to=self.sample_rate) for channel in mixed if len(channel)]
+        # asked of what is left: opposite sides cancel, and tones above half the rate are gone
+        if (
+            not max((np.abs(channel).max(initial=0) for channel in channels), default=0) > SILENCE
+        ):  # `not >`: nan is none either
+            raise DataError(f"a sound must be louder than {SILENCE} of full scale somewhere, got silence; remove it")
+        if self.level == "speech":
+            channels = [levelled(trimmed(channels[0]))]
+        length = len(channels[0])
+        bucket = min(
+            (i for i, (size,) in enumerate(self.axes) if size >= length), key=self.axes.__getitem__, default=-1
+        )
+        if bucket < 0:
+            longest = max(self.axes)[0] / self.sample_rate
+            raise DataError(
+                f"a sound must last at most {longest:.2f} s, got {length / self.sample_rate:.2f} s; cut it, or "
+                "change --buckets"
+            )
+        padded = np.zeros((self.channels, *self.axes[bucket]), np.float32)
+        padded[:, :length] = np.stack(channels)  # one channel fills both of a stereo autoencoder
+        return bucket, padded
+
+    def _nearest(self, size: tuple[int, int], *, sides: Sequence[Sequence[int]]) -> int:
+        """The index of the sides that are in the nearest proportion; of equal ones the first."""
+        width, height = size
+        if self.fit == "exact":
+            if (height, width) not in [tuple(pair) for pair in sides]:
+                raise DataError(
+                    f"a picture must have a height and width among {list(sides)}, got {(height, width)}; change "
+                    "--buckets or --fit"
+                )
+            return [tuple(pair) for pair in sides].index((height, width))
+        off = [abs(math.log(rows * width / (columns * height))) for rows, columns in sides]
+        return off.index(min(off))
+
+    def _fitted(self, drawing: Image.Image, *, sides: Sequence[int]) -> Image.Image:
+        rows, columns = sides
+        width, height = drawing.size
+        if self.fit == "exact" or (width, height) == (columns, rows):
+            return _on_white(drawing, canvas=drawing.size)
+        if self.fit == "pad":
+            canvas = max(width, -(-height * columns // rows)), max(height, -(-width * rows // columns))
+            return _on_white(drawing, canvas=canvas).resize((columns, rows), Image.Resampling.LANCZOS)
+        scale = min(width / columns, height / rows)
+        across, down = columns * scale, rows * scale
+        left, top = (width - across) / 2, (height - down) / 2
+        box = (left, top, left + across, top + down)
+        return _on_white(drawing, canvas=drawing.size).resize((columns, rows), Image.Resampling.LANCZOS, box=box)
+
+
+def as_media(arrays: Sequence[np.ndarray]) -> Float[Tensor, "B c *axes"]:
+    """Prepared arrays of one bucket as the autoencoder takes them: pixels run from -1 to 1."""
+    # each by its own type: a batch may hold pictures beside arrays that are ready
+    return torch.stack([_signed(torch.from_numpy(array)) for array in arrays])
+
+
+def _signed(media: Tensor) -> Tensor:
+    return media.float().div_(127.5).sub_(1.0) if media.dtype == torch.uint8 else media
+
+
+def _on_white(drawing: Image.Image, *, canvas: tuple[int, int]) -> Image.Image:
+    if drawing.mode == "RGB" and drawing.size == canvas:
+        return drawing
+    white = Image.new("RGB", canvas, (255, 255, 255))
+    corner = ((canvas[0] - drawing.width) // 2, (canvas[1] - drawing.height) // 2)
+    white.paste(drawing, corner, drawing if drawing.mode == "RGBA" else None)
+    return white
+
+
+def _channels_first(drawing: Image.Image) -> np.ndarray:
+    return np.ascontiguousarray(np.asarray(drawing).transpose(2, 0, 1))

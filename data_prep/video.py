@@ -1,0 +1,52 @@
+"""Frames of a video file, through PyAV."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from matformer.errors import DataError
+
+
+def frames_of(data: bytes, *, fps: float, most: int) -> list[np.ndarray]:
+    """RGB frames [y, x, 3] at `fps` a second, each the one that is shown at its time; at most `most`.
+
+    Raises DataError where the file is damaged, or PyAV is missing.
+    """
+    av = require_av()
+    try:
+        with av.open(io.BytesIO(data), "r") as container:
+            shown = ((frame.time, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0))
+            return list(_sampled(shown, fps=fps, most=most))
+    except (av.FFmpegError, IndexError) as error:  # IndexError: no stream of pictures in it
+        raise DataError(f"a video must be a whole file that FFmpeg opens, got: {error}; repair or remove it") from error
+
+
+def _sampled(shown: Iterator[tuple[float | None, np.ndarray]], *, fps: float, most: int) -> Iterator[np.ndarray]:
+    """The last frame shown at or before each of the times 0, 1 / fps, 2 / fps, ... after the first frame."""
+    first, last, given = None, None, 0
+    for time, frame in shown:
+        first = (time or 0.0) if first is None else first
+        # half a millisecond: containers round times to their own ticks
+        while last is not None and given < most and given / fps < (time or 0.0) - first - 5e-4:
+            yield last
+            given += 1
+        last = frame
+        if given == most:
+            return
+    if last is not None and given < most:
+        yield last
+
+
+def require_av() -> Any:  # noqa: ANN401
+    """PyAV. Raises DataError where it is missing."""
+    try:
+        import av  # noqa: PLC0415  optional: the extra `media`
+    except ImportError as error:
+        raise DataError(
+            f"video needs PyAV, got {error}; install the extra with `pip install matformer[media]`"
+        ) from error
+    return av

@@ -1,0 +1,32 @@
+"""The arms of the ablation of time conditionings: an objective of media, and how the network is told t."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import get_args
+
+from jobs import load_checked
+
+from matformer.config.schema import MediaObjective, RunConfig, TimeConditioning
+from matformer.errors import ConfigError
+
+FOLDER = Path(__file__).resolve().parents[2] / "configs" / "ablation" / "time"
+OBJECTIVES: tuple[str, ...] = get_args(MediaObjective)
+CONDITIONINGS: tuple[str, ...] = get_args(TimeConditioning)
+ARMS = tuple(f"{objective}-{conditioning}" for objective, conditioning in product(OBJECTIVES, CONDITIONINGS))
+REFERENCE = "add"
+"""The conditioning that the others of the same objective are held against."""
+
+
+def config_file(arm: str) -> Path:
+    """The run file of an arm. Raises ConfigError if there is none."""
+    if arm not in ARMS:
+        raise ConfigError(f"an arm must be one of {', '.join(ARMS)}, got {arm}; change --arms")
+    return FOLDER / f"{arm}.yaml"
+
+
+def load_arm(arm: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The checked config of an arm. Raises ConfigError."""
+    return load_checked(config_file(arm), overrides)
