@@ -29,10 +29,10 @@ from data_prep.pictures import all_pictures
 from data_prep.preparation import SUFFIXES, as_media
 from data_prep.quality import mel_distance, psnr, snr
 from data_prep.records import is_held_out
+from data_prep.save import save_whole
 from data_prep.speech import SAMPLE_RATE, all_prompts, spoken_names
 from matformer.autoencoders import Autoencoder, ConvolutionalAutoencoder
 from matformer.errors import DataError, MatformerError
-from matformer.files import whole_folder
 
 log = logging.getLogger("data_prep.train_autoencoder")
 
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         trained = train(
             train_on, like=start, steps=asked.steps, batch=asked.batch, seed=asked.seed, scores=held[:SCORED]
         )  # fmt: skip
-        _save(trained, asked.out)
+        save_whole(trained, asked.out)
     except MatformerError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
@@ -201,14 +201,6 @@ def _split(samples: Samples) -> tuple[list[np.ndarray], list[np.ndarray]]:
         raise DataError(f"training needs samples, got {len(samples)} in all; change --data")
     order = np.random.default_rng(0).permutation(len(kept)).tolist()
     return [kept[i] for i in order], held
-
-
-def _save(autoencoder: Autoencoder, folder: Path) -> None:
-    try:
-        with whole_folder(folder) as beside:
-            autoencoder.save(beside)
-    except OSError as error:
-        raise DataError(f"{folder} must be a folder that can be written, got: {error}; change --out") from error
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from rich.progress import Progress, TextColumn
 from torch import Tensor
 
+from data_prep.save import save_whole
 from matformer.data.entropy import EntropyModel, EntropySettings, input_symbols
 from matformer.data.texts import open_texts
 from matformer.errors import DataError, MatformerError
-from matformer.files import whole_folder
 from matformer.shapes import END, NUM_TARGETS
 
 log = logging.getLogger("data_prep.train_entropy_model")
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         model = train(documents(asked.data / "train", seed=asked.seed), steps=asked.steps, seed=asked.seed)
         bits = bits_per_byte(model, documents(asked.data / "heldout", seed=0), num_bytes=HELDOUT_BYTES)
-        _save(model, asked.out)
+        save_whole(model, asked.out)
     except MatformerError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
@@ -121,15 +121,6 @@ def _batch(texts: Iterator[bytes], num_symbols: int) -> tuple[Tensor, Tensor, Te
     arrays = (np.concatenate(inputs), np.repeat(np.arange(len(inputs)), lengths), places, targets)
     inputs_U, pieces_U, places_U, targets_U = (torch.from_numpy(array) for array in arrays)
     return inputs_U, pieces_U, places_U, targets_U
-
-
-def _save(model: EntropyModel, folder: Path) -> None:
-    """Whole or not at all."""
-    try:
-        with whole_folder(folder) as beside:
-            model.save(beside)
-    except OSError as error:
-        raise DataError(f"{folder} must be a folder that can be written, got: {error}; change --out") from error
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from matformer.config.schema import loss_name
 from matformer.errors import ConfigError, MatformerError
 from matformer.files import write_whole
 from matformer.observe import gallery, page
@@ -58,10 +59,8 @@ class Material:
     def loss_of(self, modality: str) -> str:
         """Key of a modality's loss, by its objective."""
         media = self.config.get("model", {}).get("media", {}).get(modality, {})
-        objective = media.get("objective", "flow")
-        if objective == "next_latent":
-            objective = f"next_latent_{media.get('next_latent', {}).get('predicts', 'flow')}"
-        return f"{modality}/{objective}_loss"
+        predicts = media.get("next_latent", {}).get("predicts", "flow")
+        return f"{modality}/{loss_name(media.get('objective', 'flow'), predicts=predicts)}"
 
     def points(self, key: str) -> tuple[list[float], list[float]]:
         """(steps, values) of one key, where it has a finite value."""

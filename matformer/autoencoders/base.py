@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,3 +120,15 @@ def principal_axes(second_moment: Float[Tensor, "n n"], *, num_axes: int) -> Flo
     axes = vectors.flip(1).T[:num_axes]
     largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
     return (axes * largest.sign()).float().contiguous()
+
+
+def principal_components(
+    chunks: Iterable[Float[Tensor, "_ n"]], *, num_axes: int
+) -> tuple[Float[Tensor, " n"], Float[Tensor, "C n"]]:
+    """Mean and principal axes of rows that come in chunks, by their covariance in float64."""
+    count, total, square = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for chunk in chunks:
+        rows = chunk.double()
+        total, square, count = total + rows.sum(0), square + rows.T @ rows, count + len(rows)
+    mean = total / count
+    return mean, principal_axes(square / count - torch.outer(mean, mean), num_axes=num_axes)

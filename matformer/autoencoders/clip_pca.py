@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from matformer.autoencoders.base import Autoencoder, Moments, principal_axes
+from matformer.autoencoders.base import Autoencoder, Moments, principal_components
 from matformer.autoencoders.patch_pca import to_signed
 from matformer.errors import DataError
 
@@ -39,17 +39,10 @@ class ClipPCA(Autoencoder):
     def fit(cls, clips: list[UInt8[Tensor, "3 t y x"]], *, frames: int, factor: int, channels: int) -> ClipPCA:
         """The best linear code of these clips' blocks (they may differ in size), by their covariance in float64."""
         autoencoder = cls(frames=frames, factor=factor, channels=channels)
-        total = torch.zeros_like(autoencoder.mean, dtype=torch.float64)
-        square = torch.zeros(len(total), len(total), dtype=torch.float64)
-        count = 0
-        for clip in clips:
-            blocks = autoencoder._blocks(to_signed(clip[None])).flatten(0, -2)
-            total += blocks.double().sum(0)
-            square += (blocks.T @ blocks).double()
-            count += len(blocks)
-        mean = total / count
+        blocks = (autoencoder._blocks(to_signed(clip[None])).flatten(0, -2) for clip in clips)
+        mean, axes = principal_components(blocks, num_axes=channels)
         autoencoder.mean.copy_(mean)
-        autoencoder.axes.copy_(principal_axes(square / count - torch.outer(mean, mean), num_axes=channels))
+        autoencoder.axes.copy_(axes)
         return autoencoder.eval()
 
     def encode(self, media: Float[Tensor, "B c *axes"]) -> Moments:

@@ -9,7 +9,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from matformer.autoencoders.base import Autoencoder, Moments, principal_axes
+from matformer.autoencoders.base import Autoencoder, Moments, principal_components
 from matformer.errors import DataError
 
 FIT_CHUNK = 512
@@ -43,17 +43,11 @@ class PatchPCA(Autoencoder):
     def fit(cls, pixels: UInt8[Tensor, "B 3 y x"], *, factor: int, channels: int) -> PatchPCA:
         """The best linear code of these pictures' patches, by their covariance in float64."""
         autoencoder = cls(factor=factor, channels=channels)
-        total = torch.zeros(3 * factor * factor, dtype=torch.float64)
-        square = torch.zeros(len(total), len(total), dtype=torch.float64)
-        count = 0
-        for chunk in pixels.split(FIT_CHUNK):
-            patches = functional.pixel_unshuffle(to_signed(chunk), factor).movedim(1, -1).flatten(0, -2).double()
-            total += patches.sum(0)
-            square += patches.T @ patches
-            count += len(patches)
-        mean = total / count
+        chunks = (functional.pixel_unshuffle(to_signed(chunk), factor) for chunk in pixels.split(FIT_CHUNK))
+        patches = (chunk.movedim(1, -1).flatten(0, -2) for chunk in chunks)
+        mean, axes = principal_components(patches, num_axes=channels)
         autoencoder.mean.copy_(mean)
-        autoencoder.axes.copy_(principal_axes(square / count - torch.outer(mean, mean), num_axes=channels))
+        autoencoder.axes.copy_(axes)
         return autoencoder.eval()
 
     def encode(self, media: Float[Tensor, "B c *axes"]) -> Moments:

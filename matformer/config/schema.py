@@ -84,6 +84,14 @@ class TextConfig(Section):
     ngram_gain: float = Field(default=8.0, gt=0.0, description="on what the tables give: they start at zero")
 
 
+def loss_name(objective: str, *, predicts: str) -> str:
+    """What a medium's loss is called in metrics: losses of different objectives are not to be compared.
+
+    predicts: what the Coda predicts under `next_latent`.
+    """
+    return f"next_latent_{predicts}_loss" if objective == "next_latent" else f"{objective}_loss"
+
+
 class NextLatentConfig(Section):
     """Of objective `next_latent`."""
 
@@ -148,6 +156,11 @@ class MediaConfig(Section):
     def prediction(self) -> MediaObjective:
         """What the Coda predicts of a noised patch."""
         return self.next_latent.predicts if self.objective == "next_latent" else self.objective
+
+    @property
+    def loss_name(self) -> str:
+        """Of its loss in metrics."""
+        return loss_name(self.objective, predicts=self.next_latent.predicts)
 
     @property
     def patch_scalars(self) -> int:

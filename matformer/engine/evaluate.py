@@ -31,7 +31,6 @@ from matformer.engine.restore import load_for_inference
 from matformer.engine.sample_quality import DRAWS, judged_samples
 from matformer.files import write_whole
 from matformer.hosts.base import Host
-from matformer.losses.flow import loss_name
 from matformer.parcels import Batch
 from matformer.shapes import END
 
@@ -70,7 +69,7 @@ class HeldOut:
                 continue
             score = _scored(table, sums, part=part, config=self.config)
             flows = part == "text" or self.config.model.media[part].objective == "flow"
-            what = "bits_per_byte" if part == "text" else loss_name(self.config.model.media[part])
+            what = "bits_per_byte" if part == "text" else self.config.model.media[part].loss_name
             found |= _named(f"heldout/{part}/{what}", *score[:2])
             found |= _below(table, score, part=part, rivals=rivals) if rivals and flows else {}
         if full and self.config.eval.media_spans:
@@ -90,21 +89,21 @@ def evaluate(host: Host, config: RunConfig, *, full: bool, rivals: Baselines | N
 
 def text_by_document(host: Host, config: RunConfig) -> dict[str, tuple[float, float]]:
     """Key of each held-out text document of eval.text_bytes -> its bits and its bytes. Collective."""
-    return _by_document(host, config, part="text", without={"media_spans": 0})
+    return _by_document(host, config, table=_text_table(config), part="text")
 
 
 def media_by_document(host: Host, config: RunConfig, *, modality: str) -> dict[str, tuple[float, float]]:
     """Key of each held-out document of eval.media_spans of a modality -> its squared errors and its scalars, means over
     the levels of noise. The noise hangs on the key alone, whatever else the document holds. Collective.
     """
-    return _by_document(host, config, part=modality, without={"text_bytes": 0})
+    return _by_document(host, config, table=_media_table(config, modality), part=modality)
 
 
 def _by_document(
-    host: Host, config: RunConfig, *, part: str, without: dict[str, int]
+    host: Host, config: RunConfig, *, table: Documents | None, part: str
 ) -> dict[str, tuple[float, float]]:
-    asked = config.eval.model_copy(update=without)
-    table = next(table for name, table in _tables(config.model_copy(update={"eval": asked})) if name == part)
+    if table is None:
+        return {}
     losses, sizes, times = _scored(table, document_sums(host, [table])[0], part=part, config=config)
     pairs = zip((losses / times).tolist(), (sizes / times).tolist(), strict=True)
     return dict(zip(table.keys, pairs, strict=True))
@@ -171,25 +170,37 @@ def _of_text(config: RunConfig, folder: Path) -> RunConfig:
 
 def _tables(config: RunConfig) -> Iterator[tuple[str, Documents]]:
     """Part -> its documents; a part that is asked for nothing, or has no held-out source, is left out."""
-    asked, rows = config.eval, config.train.micro_batch
-    sources = config.data.sources
-    if asked.text_bytes:
-        texts = [name for name, source in sources.items() if source.form == "text"]
-        batches = [batch for name in texts for batch in heldout_batches(config, name, max_bytes=asked.text_bytes)]
-        if batches:
-            if config.model.diffuses_text:
-                numbers = range(MASK_DRAWS)
-                batches = [with_masks(b, number=k, draws=MASK_DRAWS, seed=NOISE_SEED) for b in batches for k in numbers]
-            yield "text", gather_documents(batches, num_rows=rows)
+    asked = config.eval
+    if asked.text_bytes and (text := _text_table(config)):
+        yield "text", text
     if not asked.media_spans:
         return
     for modality in config.model.media:
-        plain = media_batches(config, modality)
-        noised = [with_noise(b, time=t, seed=NOISE_SEED, index=k) for b in plain for k, t in enumerate(TIMES, start=1)]
-        if any(velocity_scalars(batch, modality)[0].numel() for batch in noised):
-            yield modality, gather_documents(noised, num_rows=rows)
+        if media := _media_table(config, modality):
+            yield modality, media
     documents = _mixed(config, ROUTER_DOCUMENTS_A_SPAN * asked.media_spans)
-    yield "router", gather_documents(pack_documents(documents, config=config), num_rows=rows)
+    yield "router", gather_documents(pack_documents(documents, config=config), num_rows=config.train.micro_batch)
+
+
+def _text_table(config: RunConfig) -> Documents | None:
+    """Held-out text, under a diffusion objective at every stratum of t; None if there is none."""
+    texts = [name for name, source in config.data.sources.items() if source.form == "text"]
+    batches = [batch for name in texts for batch in heldout_batches(config, name, max_bytes=config.eval.text_bytes)]
+    if not batches:
+        return None
+    if config.model.diffuses_text:
+        numbers = range(MASK_DRAWS)
+        batches = [with_masks(b, number=k, draws=MASK_DRAWS, seed=NOISE_SEED) for b in batches for k in numbers]
+    return gather_documents(batches, num_rows=config.train.micro_batch)
+
+
+def _media_table(config: RunConfig, modality: str) -> Documents | None:
+    """Held-out media at every level of noise; None if there are none."""
+    plain = media_batches(config, modality)
+    if not any(velocity_scalars(batch, modality)[0].numel() for batch in plain):
+        return None
+    noised = [with_noise(b, time=t, seed=NOISE_SEED, index=k) for b in plain for k, t in enumerate(TIMES, start=1)]
+    return gather_documents(noised, num_rows=config.train.micro_batch)
 
 
 def _mixed(config: RunConfig, num_documents: int) -> list[Document]:

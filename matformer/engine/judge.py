@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from matformer.engine.classifier import Classifier, by_concept, seen, train_clas
 from matformer.engine.frechet import Gaussian, fitted
 from matformer.engine.media import MediaCodec, load_codec
 from matformer.errors import DataError
+from matformer.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -133,10 +133,8 @@ def _keep(judge: Judge, path: Path) -> None:
     tensors = {f"classifier.{name}": value for name, value in judge.classifier.state_dict().items()}
     train = judge.train._asdict().items()
     tensors |= {f"train.{name}": torch.from_numpy(np.ascontiguousarray(value)) for name, value in train}
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        safetensors.torch.save_file(tensors, beside, metadata={"labels": json.dumps(judge.labels)})
-        os.replace(beside, path)
+        write_whole(path, safetensors.torch.save(tensors, metadata={"labels": json.dumps(judge.labels)}))
     except OSError as error:
         log.warning("the classifier is not kept in %s: %s", path, error)
 

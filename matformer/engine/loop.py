@@ -177,7 +177,7 @@ def report_step(run: Run, numbers: StepNumbers, *, seconds: float, gradients: di
 def amounts(numbers: StepNumbers, config: RunConfig) -> dict[str, float]:
     """What a step saw: raw bytes, positions of the Atto, and noised patches of each modality."""
     counts, media = numbers.counts, config.model.media
-    patches = {f"{name}/patches": counts[name] / (one.channels * one.patch**one.rank) for name, one in media.items()}
+    patches = {f"{name}/patches": counts[name] / one.patch_scalars for name, one in media.items()}
     return {"bytes": counts["bytes"], "latents": counts["latents"], **patches}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from matformer.config.schema import RunConfig
 from matformer.data.loader import pack_documents
 from matformer.data.packing import with_noise
 from matformer.data.sources import Document, MediaSpan, Source, merge_spans, open_source
-from matformer.engine.baselines import TIMES, ratio
+from matformer.engine.baselines import TIMES, Score, ratio
 from matformer.engine.document_sums import Documents, document_sums, gather_documents, velocity_scalars
 from matformer.hosts.base import Host
 from matformer.parallel.seeds import digest
@@ -43,20 +43,28 @@ def caption_gain(host: Host, config: RunConfig, *, modality: str, num_spans: int
     `_num_concepts`; none if nobody can be swapped with another. Mean over media of the mean over t and over up to four
     other captions of the same language and shape (and style, for pictures). Raises DataError if data cannot be read.
     """
-    sums: dict[str, float] = defaultdict(float)
-    counts: dict[str, int] = defaultdict(int)
+    found: list[tuple[str, float]] = []
     for name, source in config.data.sources.items():
         if source.form == "pairs" and source.shows == "both" and source.modality == modality:
             opened = open_source(name, data=config.data, model=config.model, split="heldout")
-            for concept, gain in _gains(host, config, source=opened, modality=modality, num_spans=num_spans):
-                sums[concept] += gain
-                counts[concept] += 1
-    if len(counts) < 2:
+            found += _gains(host, config, source=opened, modality=modality, num_spans=num_spans)
+    concepts = [concept for concept, _ in found]
+    if len(set(concepts)) < 2:
         return {}
-    score = ratio([sums[concept] for concept in counts], list(counts.values()))
+    score = clustered([gain for _, gain in found], concepts)
     key = f"heldout/captions/{modality}_gain"
-    found = {key: score.value, f"{key}_stderr": score.stderr, f"{key}_num_concepts": float(len(counts))}
-    return found | ({f"{key}_z": score.value / score.stderr} if score.stderr > 0 else {})
+    numbers = {key: score.value, f"{key}_stderr": score.stderr, f"{key}_num_concepts": float(len(set(concepts)))}
+    return numbers | ({f"{key}_z": score.value / score.stderr} if score.stderr > 0 else {})
+
+
+def clustered(values: Iterable[float], concepts: Sequence[str]) -> Score:
+    """The mean, its standard error over concepts."""
+    sums: dict[str, float] = defaultdict(float)
+    counts: dict[str, int] = defaultdict(int)
+    for value, concept in zip(values, concepts, strict=True):
+        sums[concept] += value
+        counts[concept] += 1
+    return ratio(list(sums.values()), list(counts.values()))
 
 
 def subjects_of(source: Source, *, by_style: bool) -> list[Subject]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,14 +13,13 @@ from torch import Tensor
 from matformer.config.schema import RunConfig
 from matformer.data.patching import build_patcher
 from matformer.data.sources import MediaSpan, Source, text_span
-from matformer.engine.baselines import Score, ratio
 from matformer.engine.classifier import seen
 from matformer.engine.denoiser import draw_media
 from matformer.engine.draws import Draws, Row
 from matformer.engine.frechet import fitted, frechet_distance
 from matformer.engine.judge import Judge, decoded, group_of, load_judge, picture_sources
 from matformer.engine.media import MediaCodec, load_codec
-from matformer.engine.paired import Subject, other_captions, spread, subjects_of
+from matformer.engine.paired import Subject, clustered, other_captions, spread, subjects_of
 from matformer.model import Matformer
 
 DRAWS = Draws(steps=25, guidance=5.0)
@@ -155,13 +153,3 @@ def _numbers(
 
 def _named(real: Judged, own: Judged, shuffled: Judged) -> tuple[tuple[str, Judged], ...]:
     return ("", own), ("_shuffled", shuffled), ("_real", real)
-
-
-def clustered(values: Float[np.ndarray, " n"], concepts: Sequence[str]) -> Score:
-    """The mean, its standard error over concepts."""
-    sums: dict[str, float] = defaultdict(float)
-    counts: dict[str, int] = defaultdict(int)
-    for value, concept in zip(values, concepts, strict=True):
-        sums[concept] += value
-        counts[concept] += 1
-    return ratio(list(sums.values()), list(counts.values()))

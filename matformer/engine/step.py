@@ -13,7 +13,6 @@ from torch import Tensor
 from matformer.config.schema import RunConfig
 from matformer.engine.optim import learning_rate
 from matformer.hosts.base import Host, Sums
-from matformer.losses.flow import loss_name
 from matformer.losses.total import total_loss
 from matformer.parallel.groups import Groups, sum_over_world
 from matformer.parcels import Batch, Kind
@@ -100,7 +99,7 @@ def metrics_row(numbers: StepNumbers, config: RunConfig) -> dict[str, float]:
         row["text/nats_per_symbol"] = sums["text"] / counts["text"]
     for name, media in config.model.media.items():
         if counts[name]:
-            row[f"{name}/{loss_name(media)}"] = sums[name] / counts[name]
+            row[f"{name}/{media.loss_name}"] = sums[name] / counts[name]
     row["router/loss"] = sums["router"] / max(counts["router"], 1.0)
     row["router/accuracy"] = sums["router_right"] / max(counts["router"], 1.0)
     if sums["span_ends"]:

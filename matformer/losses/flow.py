@@ -5,15 +5,10 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from matformer.config.schema import MediaConfig, MediaObjective
+from matformer.config.schema import MediaObjective
 from matformer.layers.flow import target_rows
 from matformer.layers.precision import at_least_float32
 from matformer.parcels import MediaUnits
-
-
-def loss_name(media: MediaConfig) -> str:
-    """What a modality's loss is called in metrics: losses of different objectives are not to be compared."""
-    return f"next_latent_{media.prediction}_loss" if media.causal else f"{media.prediction}_loss"
 
 
 def squared_error(

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from jobs import load_checked
+from jobs import arm_file, load_checked
 
 from matformer.config.schema import RunConfig
 from matformer.data.entropy import entropies, load_entropy_model
@@ -60,9 +60,7 @@ class Prepared:
 
 def config_file(arm: str) -> Path:
     """The run file of an arm. Raises ConfigError if there is none."""
-    if arm not in ARMS:
-        raise ConfigError(f"an arm must be one of {', '.join(ARMS)}, got {arm}; change --arms")
-    return FOLDER / f"{arm}.yaml"
+    return arm_file(arm, arms=ARMS, folder=FOLDER)
 
 
 def load_arm(arm: str, overrides: Sequence[str] = ()) -> RunConfig:

@@ -7,8 +7,6 @@ Reads nothing but the results, so that the words can be changed without a run.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,9 +15,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tables import CLEAR, COLOURS, GRID, MUTED, markdown, sorted_out, with_spread
+from paper import COLOURS, MUTED, Paper, Results, dress, line_with_range
+from tables import CLEAR, difference_cell, markdown, signs_cell, sorted_out, with_spread
 
-Results = Mapping[str, Any]
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 
 TABLES = {"bytes": "Equal bytes seen", "flops": "Equal FLOPs"}
@@ -40,25 +38,6 @@ BOUNDED = ("masked_diffusion", "block_diffusion")
 """Arms of which an upper bound is known: below the reference says something, above it does not."""
 SHORT = 20.0
 """Bytes a parameter below which a run is called short."""
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the document and the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("docs/results/text_frontends.md"))
-    asked = parser.parse_args(arguments)
-    write(json.loads(asked.results.read_text(encoding="utf-8")), asked.out)
-    sys.stdout.write(f"{asked.out}\n")
-    return 0
-
-
-def write(results: Results, path: Path) -> None:
-    """The document at `path`, the picture beside it under the same stem."""
-    picture = path.with_suffix(".png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(results, picture=picture.name), encoding="utf-8")
-    draw(results).savefig(picture)
 
 
 def render(results: Results, *, picture: str) -> str:
@@ -113,9 +92,7 @@ def _difference(results: Results, arm: str, runs: Runs) -> tuple[str, str]:
     if arm == results["reference"]:
         return "", ""
     paired = results["paired"][_key(results, runs)][arm]
-    stderr = "" if paired["stderr"] is None else f" ({paired['stderr']:.3f})"
-    above = sum(one > 0 for one in paired["by_seed"])
-    return f"{paired['value']:+.3f}{stderr}", f"{above} / {len(paired['by_seed']) - above}"
+    return difference_cell(paired), signs_cell(paired)
 
 
 def _key(results: Results, runs: Runs) -> str:
@@ -203,11 +180,12 @@ def _curves(axes: Axes, results: Results, runs: Runs, *, scale: Mapping[str, flo
         points = list(zip(*(run["curve"] for run in runs[arm]), strict=False))  # one entry an evaluation
         places = [scale[arm] * statistics.fmean(at for at, _ in seeds) for seeds in points]
         values = [[value for _, value in seeds] for seeds in points]
-        axes.plot(places, [statistics.fmean(v) for v in values], "o-", color=colour, markersize=3, label=arm)
-        axes.fill_between(places, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.12)
-    axes.tick_params(labelsize=8, colors=MUTED, length=0)
-    axes.grid(axis="y", color=GRID)
-    axes.spines[["top", "right", "left"]].set_visible(False)
+        line_with_range(axes, places, values, colour=colour, label=arm)
+    dress(axes)
+
+
+PAPER = Paper(render, draw, out=Path("docs/results/text_frontends.md"), about=__doc__)
+write, main = PAPER.write, PAPER.main
 
 
 if __name__ == "__main__":

@@ -11,26 +11,23 @@ done. A killed command goes on where it stood; to begin anew remove --out.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from doors import add_arguments, made, run_door
 from interference_document import write
-from jobs import Job, load_checked, train_all
-from made import add_arguments, made
+from jobs import Job, arm_file, load_checked, train_all
 from scores import Asked, score_all
+from tables import difference_by_document
 
 from matformer.config.schema import RunConfig
-from matformer.engine.baselines import ratio
 from matformer.engine.evaluate import media_by_document, text_by_document
 from matformer.engine.loop import num_parameters
 from matformer.engine.restore import load_for_inference
-from matformer.errors import ConfigError, MatformerError
+from matformer.errors import ConfigError
 from matformer.observe.sinks import read_metrics
 
 log = logging.getLogger("ablate")
@@ -50,23 +47,11 @@ Scores = Mapping[str, Any]  # of one run: part -> {"keys", "losses", "sizes"}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, or the error's with one sentence on stderr."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    logging.getLogger("ablate").setLevel(logging.INFO)
-    asked = _parser().parse_args(arguments)
-    try:
-        results = ablate(asked)
-    except MatformerError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
-    write(results, asked.document)
-    log.info("%s", asked.document)
-    if asked.json:
-        sys.stdout.write(json.dumps(results) + "\n")
-    return 0
+    return run_door(_parser().parse_args(arguments), ablate=ablate, write=write)
 
 
 def ablate(asked: argparse.Namespace) -> dict[str, Any]:
-    """Train, compare units, score; the results, also as results.json. Raises any of our errors."""
+    """Train, compare units, score; the results. Raises any of our errors."""
     missing = [arm for arm in SINGLE if arm not in asked.arms]
     if missing or not set(asked.arms) & set(JOINT):
         raise ConfigError(
@@ -82,22 +67,18 @@ def ablate(asked: argparse.Namespace) -> dict[str, Any]:
     amounts = {"text_bytes": asked.text_bytes, "media_spans": asked.media_spans}
     found = score_all(every, score_parts, asked=amounts, file=SCORES_FILE, at_once=asked.jobs)
     scores = {arm: [found[job]["parts"] for job in runs] for arm, runs in jobs.items()}
-    results = {
+    return {
         "made": made("interference.py", asked) | {"steps": asked.steps, **_heldout(scores)},
         "arms": {arm: {"parameters": num_parameters(config), "units": units[arm]} for arm, config in configs.items()},
         "losses": {arm: _losses(runs) for arm, runs in scores.items()},
         "differences": _differences(scores),
         "gradients": {arm: [gradients(job.folder) for job in jobs[arm]] for arm in asked.arms if arm in JOINT},
     }
-    (asked.out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    return results
 
 
 def load_arm(arm: str, overrides: Sequence[str] = ()) -> RunConfig:
     """The checked config of an arm. Raises ConfigError."""
-    if arm not in (*SINGLE, *JOINT):
-        raise ConfigError(f"an arm must be one of {', '.join((*SINGLE, *JOINT))}, got {arm}; change --arms")
-    return load_checked(FOLDER / f"{arm}.yaml", overrides)
+    return load_checked(arm_file(arm, arms=(*SINGLE, *JOINT), folder=FOLDER), overrides)
 
 
 def units_seen(folder: Path) -> dict[str, float]:
@@ -171,14 +152,7 @@ def _differences(runs: Mapping[str, Sequence[Mapping[str, Scores]]]) -> dict[str
 
 def difference(joint: Sequence[Scores], single: Sequence[Scores]) -> dict[str, Any]:
     """Loss above the single arm's on the same documents, seed against seed; stderr over documents and seeds."""
-    assert all(one["keys"] == single[0]["keys"] and one["sizes"] == single[0]["sizes"] for one in (*joint, *single))
-    sizes = np.array(single[0]["sizes"])
-    above_ED = np.array([one["losses"] for one in joint]) - np.array([one["losses"] for one in single])
-    found = ratio(above_ED.mean(0), sizes)
-    by_seed = above_ED.sum(1) / sizes.sum()
-    of_seeds = by_seed.std(ddof=1) / len(by_seed) ** 0.5 if len(by_seed) > 1 else 0.0
-    whole = float(np.hypot(found.stderr, of_seeds)) if math.isfinite(found.stderr) else None
-    return {"value": found.value, "stderr": whole, "stderr_of_seeds": float(of_seeds), "by_seed": by_seed.tolist()}
+    return difference_by_document(joint, single, loss="losses", size="sizes")
 
 
 def gradients(folder: Path) -> list[dict[str, float]]:

@@ -7,20 +7,17 @@ Reads nothing but the results, so that the words can be changed without a run.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tables import CLEAR, COLOURS, GRID, MUTED, markdown, spread, verdict, with_spread
-
-Results = Mapping[str, Any]
+from paper import COLOURS, MUTED, Paper, Results, dress, line_with_range
+from tables import CLEAR, difference_cell, markdown, signs_cell, spread, verdict, with_spread
 
 ARMS = {
     "text": "text only",
@@ -43,25 +40,6 @@ WHOLE = "atto"
 SHORT_STEPS = 1000
 """Below, a run is called short."""
 SIDES = {"below": "helped", "above": "hurt", "not clearly apart from": "neither"}
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the document and the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("docs/results/interference.md"))
-    asked = parser.parse_args(arguments)
-    write(json.loads(asked.results.read_text(encoding="utf-8")), asked.out)
-    sys.stdout.write(f"{asked.out}\n")
-    return 0
-
-
-def write(results: Results, path: Path) -> None:
-    """The document at `path`, the picture beside it under the same stem."""
-    picture = path.with_suffix(".png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(results, picture=picture.name), encoding="utf-8")
-    draw(results).savefig(picture)
 
 
 def render(results: Results, *, picture: str) -> str:
@@ -107,7 +85,8 @@ def losses_table(results: Results) -> str:
         cells = [results["losses"][arm].get(part) for arm in (part.split()[0], *joint)]
         single = results["losses"][part.split()[0]][part.split()[0]]
         shown = [with_spread(values) if values else "" for values in (single, *cells[1:])]
-        rows.append([words, *shown, *_differences(results, part), *_signs(results, part)])
+        paired = [parts.get(part) for parts in results["differences"].values()]
+        rows.append([words, *shown, *map(difference_cell, paired), *map(signs_cell, paired)])
     return markdown(head, rows)
 
 
@@ -198,24 +177,6 @@ def _means(results: Results, arm: str, place: str, what: str, *, of: Any = float
 
 def _geometric(logs: Sequence[float]) -> str:
     return f"{math.exp(statistics.fmean(logs)):.2f} ×/÷ {math.exp(spread(logs)):.2f}"
-
-
-def _differences(results: Results, part: str) -> list[str]:
-    cells = []
-    for parts in results["differences"].values():
-        one = parts.get(part)
-        stderr = "" if not one or one["stderr"] is None else f" ({one['stderr']:.3f})"
-        cells.append(f"{one['value']:+.3f}{stderr}" if one else "")
-    return cells
-
-
-def _signs(results: Results, part: str) -> list[str]:
-    cells = []
-    for parts in results["differences"].values():
-        seeds = parts[part]["by_seed"] if part in parts else []
-        above = sum(one > 0 for one in seeds)
-        cells.append(f"{above} / {len(seeds) - above}" if seeds else "")
-    return cells
 
 
 def _percent(results: Results, part: str, value: float) -> str:
@@ -318,7 +279,7 @@ def _bars(axes: Axes, results: Results) -> None:
     axes.set_xticks([place + 0.4 - width / 2 for place in range(len(parts))], [p.replace(" ", "\n") for p in parts])
     axes.set_ylabel("held-out loss above the single arm's, %", fontsize=9, color=MUTED)
     axes.legend(fontsize=8, frameon=False)
-    _dress(axes)
+    dress(axes)
 
 
 def _lines(axes: Axes, results: Results, arm: str, *, what: str) -> None:
@@ -331,16 +292,13 @@ def _lines(axes: Axes, results: Results, arm: str, *, what: str) -> None:
             [row[key] for run in results["gradients"][arm] for row in run if row["step"] == step and key in row]
             for step in steps
         ]
-        axes.plot(steps, [statistics.fmean(one) for one in by_step], "o-", color=colour, ms=3, label=_place(place))
-        axes.fill_between(steps, [min(one) for one in by_step], [max(one) for one in by_step], color=colour, alpha=0.1)
+        line_with_range(axes, steps, by_step, colour=colour, label=_place(place))
     axes.set_xlabel("step", fontsize=9, color=MUTED)
-    _dress(axes)
+    dress(axes)
 
 
-def _dress(axes: Axes) -> None:
-    axes.tick_params(labelsize=8, colors=MUTED, length=0)
-    axes.grid(axis="y", color=GRID)
-    axes.spines[["top", "right", "left"]].set_visible(False)
+PAPER = Paper(render, draw, out=Path("docs/results/interference.md"), about=__doc__)
+write, main = PAPER.write, PAPER.main
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from matformer.config.load import changed_keys, load_run
 from matformer.config.schema import RunConfig
 from matformer.data.statistics import with_statistics
 from matformer.engine.folder import KEYS_WITHOUT_EFFECT_ON_NUMBERS
-from matformer.errors import CheckpointError
+from matformer.errors import CheckpointError, ConfigError
 from matformer.observe.sinks import read_metrics
 
 log = logging.getLogger("ablate.runs")
@@ -28,6 +28,13 @@ def load_checked(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
     config = load_run(file, overrides)
     check(config)
     return config
+
+
+def arm_file(arm: str, *, arms: Sequence[str], folder: Path) -> Path:
+    """The run file of an arm. Raises ConfigError if it is none of `arms`."""
+    if arm not in arms:
+        raise ConfigError(f"an arm must be one of {', '.join(arms)}, got {arm}; change --arms")
+    return folder / f"{arm}.yaml"
 
 
 @dataclass(frozen=True)

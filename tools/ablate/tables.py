@@ -6,11 +6,13 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from matformer.engine.baselines import ratio
+
 CLEAR = 2.0
 """Standard errors from which a difference is called one, if every seed has its sign."""
 SIDES = ("below", "above", "not clearly apart from")
-COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4b5563")
-MUTED, GRID = "#6b7280", "#e5e7eb"
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -34,6 +36,39 @@ def difference_by_seed(values: Sequence[float], reference: Sequence[float]) -> d
     by_seed = [one - other for one, other in zip(values, reference, strict=True)]
     stderr = spread(by_seed) / len(by_seed) ** 0.5 if len(by_seed) > 1 else None
     return {"value": statistics.fmean(by_seed), "stderr": stderr, "by_seed": by_seed}
+
+
+def difference_by_document(
+    runs: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]], *, loss: str, size: str
+) -> dict[str, Any]:
+    """Loss a unit above the reference's on the same documents, seed against seed; stderr over documents and seeds.
+
+    A run is columns: `keys`, and under the names `loss` and `size` a number a document.
+    """
+    assert all(one["keys"] == reference[0]["keys"] and one[size] == reference[0][size] for one in (*runs, *reference))
+    sizes = np.array(reference[0][size])
+    above_ED = np.array([one[loss] for one in runs]) - np.array([one[loss] for one in reference])
+    found = ratio(above_ED.mean(0), sizes)
+    by_seed = above_ED.sum(1) / sizes.sum()
+    of_seeds = float(by_seed.std(ddof=1)) / len(by_seed) ** 0.5 if len(by_seed) > 1 else 0.0
+    stderr = float(np.hypot(found.stderr, of_seeds)) if np.isfinite(found.stderr) else None
+    return {"value": found.value, "stderr": stderr, "stderr_of_seeds": of_seeds, "by_seed": by_seed.tolist()}
+
+
+def difference_cell(paired: Mapping[str, Any] | None) -> str:
+    """A difference and its standard error; empty where there is none."""
+    if paired is None:
+        return ""
+    stderr = "" if paired["stderr"] is None else f" ({paired['stderr']:.3f})"
+    return f"{paired['value']:+.3f}{stderr}"
+
+
+def signs_cell(paired: Mapping[str, Any] | None) -> str:
+    """How many seeds are above and below the reference; empty where there is none."""
+    if paired is None:
+        return ""
+    above = sum(one > 0 for one in paired["by_seed"])
+    return f"{above} / {len(paired['by_seed']) - above}"
 
 
 def verdict(paired: Mapping[str, Any]) -> str:

@@ -11,7 +11,6 @@ that are finished stay, those that were interrupted resume. To begin anew remove
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from arms import (
     ARMS,
     MATCHED_ON_BYTES,
@@ -35,13 +33,14 @@ from arms import (
 )
 from cost import Cost, cost_of, kept_cost
 from document import write
+from doors import add_arguments, made, run_door
 from jobs import Job, curve, train_all
-from made import add_arguments, made
 from scores import score_all, score_texts
+from tables import difference_by_document
 
 from matformer.config.schema import RunConfig
-from matformer.engine.baselines import compute_baselines, ratio
-from matformer.errors import ConfigError, MatformerError
+from matformer.engine.baselines import compute_baselines
+from matformer.errors import ConfigError
 
 log = logging.getLogger("ablate")
 
@@ -54,23 +53,11 @@ Scores = Mapping[Job, Mapping[str, Any]]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, or the error's with one sentence on stderr."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    logging.getLogger("ablate").setLevel(logging.INFO)
-    asked = _parser().parse_args(arguments)
-    try:
-        results = ablate(asked)
-    except MatformerError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
-    write(results, asked.document)
-    log.info("%s", asked.document)
-    if asked.json:
-        sys.stdout.write(json.dumps(results) + "\n")
-    return 0
+    return run_door(_parser().parse_args(arguments), ablate=ablate, write=write)
 
 
 def ablate(asked: argparse.Namespace) -> dict[str, Any]:
-    """Prepare, count, train, score; the results, also as results.json. Raises any of our errors."""
+    """Prepare, count, train, score; the results. Raises any of our errors."""
     if REFERENCE not in asked.arms:
         raise ConfigError(f"--arms must hold {REFERENCE}, the one to compare with, got {','.join(asked.arms)}")
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -89,7 +76,7 @@ def ablate(asked: argparse.Namespace) -> dict[str, Any]:
     train_all(everything, at_once=asked.jobs)
     wanted = {"num_bytes": asked.heldout_bytes}
     scores = score_all(everything, score_texts, asked=wanted, file=SCORES_FILE, at_once=asked.jobs)
-    results = {
+    return {
         "made": _made(
             asked,
             prepared,
@@ -102,8 +89,6 @@ def ablate(asked: argparse.Namespace) -> dict[str, Any]:
         "tables": {name: _table(table, costs, scores=scores) for name, table in jobs.items()},
         "paired": {name: _paired(table, scores=scores) for name, table in jobs.items()},
     }
-    (asked.out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    return results
 
 
 def steps_for(costs: Mapping[str, Cost], *, num_bytes: int) -> dict[str, dict[str, int]]:
@@ -126,14 +111,7 @@ def require_same_context(costs: Mapping[str, Cost]) -> None:
 
 def difference(scores: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Bits per byte above the reference's on the same documents, seed against seed; stderr over documents and seeds."""
-    assert all(one["keys"] == reference[0]["keys"] and one["bytes"] == reference[0]["bytes"] for one in scores)
-    sizes = np.array(reference[0]["bytes"])
-    ES = np.array([one["bits"] for one in scores]) - np.array([one["bits"] for one in reference])
-    found = ratio(ES.mean(0), sizes)
-    by_seed = ES.sum(1) / sizes.sum()
-    of_seeds = by_seed.std(ddof=1) / len(by_seed) ** 0.5 if len(by_seed) > 1 else 0.0
-    stderr = float(np.hypot(found.stderr, of_seeds)) if np.isfinite(found.stderr) else None
-    return {"value": found.value, "stderr": stderr, "by_seed": by_seed.tolist()}
+    return difference_by_document(scores, reference, loss="bits", size="bytes")
 
 
 def _prepared_keys(arm: str, prepared: Prepared, overrides: Sequence[str]) -> list[str]:

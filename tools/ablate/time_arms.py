@@ -7,10 +7,9 @@ from itertools import product
 from pathlib import Path
 from typing import get_args
 
-from jobs import load_checked
+from jobs import arm_file, load_checked
 
 from matformer.config.schema import MediaObjective, RunConfig, TimeConditioning
-from matformer.errors import ConfigError
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "ablation" / "time"
 OBJECTIVES: tuple[str, ...] = get_args(MediaObjective)
@@ -22,9 +21,7 @@ REFERENCE = "add"
 
 def config_file(arm: str) -> Path:
     """The run file of an arm. Raises ConfigError if there is none."""
-    if arm not in ARMS:
-        raise ConfigError(f"an arm must be one of {', '.join(ARMS)}, got {arm}; change --arms")
-    return FOLDER / f"{arm}.yaml"
+    return arm_file(arm, arms=ARMS, folder=FOLDER)
 
 
 def load_arm(arm: str, overrides: Sequence[str] = ()) -> RunConfig:

@@ -11,7 +11,6 @@ that are finished stay, those that were interrupted resume, what was scored is n
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from cost import MediaCost, kept_cost, media_cost_of
+from doors import add_arguments, made, run_door
 from jobs import Job, train_all
-from made import add_arguments, made
 from scores import score_all, score_everything
 from time_arms import ARMS, REFERENCE, config_file, load_arm
 from time_document import write
@@ -29,7 +28,6 @@ from time_document import write
 from matformer.config.schema import RunConfig
 from matformer.engine.judge import load_judge
 from matformer.engine.sample_quality import DRAWS
-from matformer.errors import MatformerError
 from matformer.parallel.process import settle
 
 log = logging.getLogger("ablate")
@@ -39,23 +37,11 @@ SCORES_FILE = "numbers.json"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, or the error's with one sentence on stderr."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    logging.getLogger("ablate").setLevel(logging.INFO)
-    asked = _parser().parse_args(arguments)
-    try:
-        results = ablate(asked)
-    except MatformerError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
-    write(results, asked.document)
-    log.info("%s", asked.document)
-    if asked.json:
-        sys.stdout.write(json.dumps(results) + "\n")
-    return 0
+    return run_door(_parser().parse_args(arguments), ablate=ablate, write=write)
 
 
 def ablate(asked: argparse.Namespace) -> dict[str, Any]:
-    """Count, train, score; the results, also as results.json. Raises any of our errors."""
+    """Count, train, score; the results. Raises any of our errors."""
     configs = {arm: load_arm(arm, asked.overrides) for arm in asked.arms}
     asked.out.mkdir(parents=True, exist_ok=True)
     costs = {arm: _cost(config, kept=asked.out / "costs") for arm, config in configs.items()}
@@ -66,14 +52,12 @@ def ablate(asked: argparse.Namespace) -> dict[str, Any]:
         settle(1)
         load_judge(next(iter(configs.values())), modality="image")  # once, not in every process at the same time
     scores = score_all(everything, score_everything, asked=_wanted(asked), file=SCORES_FILE, at_once=asked.jobs)
-    results = {
+    return {
         "made": made("time_conditioning.py", asked) | {"steps": asked.steps, **_amounts(asked)},
         "reference": REFERENCE,
         "arms": {arm: _facts(arm, configs[arm], costs[arm]) for arm in asked.arms},
         "runs": {arm: [{"seed": job.seed, **scores[job]["numbers"]} for job in own] for arm, own in jobs.items()},
     }
-    (asked.out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    return results
 
 
 def _cost(config: RunConfig, *, kept: Path) -> MediaCost:

@@ -7,45 +7,22 @@ Reads nothing but the results, so that the words can be changed without a run.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tables import CLEAR, COLOURS, GRID, MUTED, difference_by_seed, markdown, sorted_out, with_spread
+from paper import COLOURS, MUTED, Paper, Results, dress, line_with_range
+from tables import CLEAR, difference_by_seed, difference_cell, markdown, sorted_out, with_spread
 
 from matformer.engine.clean_errors import LOG_SNRS
-
-Results = Mapping[str, Any]
 
 MEDIA = {"image": "Pictures", "audio": "Sounds"}
 SHORT_STEPS = 1000
 """Below, a run is called short."""
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the document and the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("docs/results/time_conditioning.md"))
-    asked = parser.parse_args(arguments)
-    write(json.loads(asked.results.read_text(encoding="utf-8")), asked.out)
-    sys.stdout.write(f"{asked.out}\n")
-    return 0
-
-
-def write(results: Results, path: Path) -> None:
-    """The document at `path`, the picture beside it under the same stem."""
-    picture = path.with_suffix(".png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(results, picture=picture.name), encoding="utf-8")
-    draw(results).savefig(picture)
 
 
 def render(results: Results, *, picture: str) -> str:
@@ -95,7 +72,7 @@ def text_table(results: Results) -> str:
         paired = None if reference in (arm, None) else difference_of(results, arm, reference, key=key)
         cost = [f"{facts['parameters'] / 1e6:.2f}", f"{facts['flops_a_step'] / 1e9:.1f}"]
         seconds = f"{facts['cpu_seconds_a_step']:.2f}"
-        rows.append([f"`{arm}`", _cell(results, arm, key), _difference_cell(paired), *cost, seconds])
+        rows.append([f"`{arm}`", _cell(results, arm, key), difference_cell(paired), *cost, seconds])
     return markdown([*head, "CPU s a step"], rows)
 
 
@@ -171,14 +148,10 @@ def _lines(axes: Axes, results: Results, *, objective: str, modality: str) -> No
         seeds = [values_of(results, arm, _error(modality, snr)) for snr in LOG_SNRS]
         ratios = [[one / base for one in own] for own, base in zip(seeds, first, strict=True)]
         label = results["arms"][arm]["conditioning"]
-        middle = [statistics.fmean(own) for own in ratios]
-        axes.plot(LOG_SNRS, middle, "o-", color=colour, markersize=3, linewidth=1.2, label=label)
-        axes.fill_between(LOG_SNRS, [min(own) for own in ratios], [max(own) for own in ratios], color=colour, alpha=0.1)
+        line_with_range(axes, LOG_SNRS, ratios, colour=colour, label=label)
     axes.set_title(objective, fontsize=9, color=MUTED, loc="left")
     axes.set_ylabel(f"error / {_first(results)}'s", fontsize=8, color=MUTED)
-    axes.tick_params(labelsize=8, colors=MUTED, length=0)
-    axes.grid(axis="y", color=GRID)
-    axes.spines[["top", "right", "left"]].set_visible(False)
+    dress(axes)
     axes.legend(fontsize=7, frameon=False)
 
 
@@ -226,13 +199,6 @@ def _gain_cell(results: Results, arm: str) -> str:
     return f"{statistics.fmean(gains):+.3f} ({statistics.fmean(errors):.3f})"
 
 
-def _difference_cell(paired: Mapping[str, Any] | None) -> str:
-    if paired is None:
-        return ""
-    stderr = "" if paired["stderr"] is None else f" ({paired['stderr']:.3f})"
-    return f"{paired['value']:+.3f}{stderr}"
-
-
 def _how(results: Results) -> str:
     made = results["made"]
     seeds, first = len(made["seeds"]), results["arms"][_first(results)]
@@ -270,6 +236,10 @@ def _measuring(results: Results) -> str:
         f"{made['torch']}. CPU seconds are of a shared machine: medians of five steps.",
     ]
     return "\n".join(lines)
+
+
+PAPER = Paper(render, draw, out=Path("docs/results/time_conditioning.md"), about=__doc__)
+write, main = PAPER.write, PAPER.main
 
 
 if __name__ == "__main__":

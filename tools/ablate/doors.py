@@ -1,16 +1,23 @@
-"""What the doors of all ablations take, and what their results say of where they were made."""
+"""The doors of all ablations: what they take, how they end, and what results say of where they were made."""
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import json
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from paper import Results
+
+from matformer.errors import MatformerError
+
+log = logging.getLogger("ablate")
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, arms: Sequence[str], out: Path, document: Path) -> None:
@@ -23,6 +30,28 @@ def add_arguments(parser: argparse.ArgumentParser, *, arms: Sequence[str], out: 
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.set_defaults(command=sys.argv[1:])
+
+
+def run_door(
+    asked: argparse.Namespace,
+    *,
+    ablate: Callable[[argparse.Namespace], dict[str, Any]],
+    write: Callable[[Results, Path], None],
+) -> int:
+    """Results as results.json and as a document. Exit code: 0, or the error's with one sentence on stderr."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    log.setLevel(logging.INFO)
+    try:
+        results = ablate(asked)
+    except MatformerError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    (asked.out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    write(results, asked.document)
+    log.info("%s", asked.document)
+    if asked.json:
+        sys.stdout.write(json.dumps(results) + "\n")
+    return 0
 
 
 def made(tool: str, asked: argparse.Namespace) -> dict[str, Any]:
