@@ -7,17 +7,18 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from matformer.atto.trunk import atto_view, position_times
+from matformer.atto.trunk import atto_view
 from matformer.config.schema import ModelConfig
 from matformer.hosts.base import Sums, Trunk
 from matformer.layers.attention import AttoView
+from matformer.layers.modulation import position_times
 from matformer.layers.segments import segment_sum
 from matformer.layers.time_conditioning import modulated_media
 from matformer.losses.flow import squared_error
 from matformer.losses.route import bucket_nats, kind_nats
 from matformer.losses.text import end_nats, symbol_nats
 from matformer.modalities import build_code, build_preludi
-from matformer.parcels import Batch, Grid, Kind, TextUnits
+from matformer.parcels import Batch, Kind, TextUnits
 from matformer.preludio.text import TextPreludio
 from matformer.router.probe import Router, chosen_bucket
 from matformer.shapes import NUM_TARGETS
@@ -30,8 +31,8 @@ class Start(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(1, width)
 
-    def forward(self, grid: Grid) -> Float[Tensor, "L H"]:
-        start_L1 = (grid.kind_BS == Kind.START).flatten()[:, None]
+    def forward(self, kind_L: Int[Tensor, " L"]) -> Float[Tensor, "L H"]:
+        start_L1 = (kind_L == Kind.START)[:, None]
         row_1H = self.embedding(torch.zeros(1, dtype=torch.long, device=start_L1.device))
         return start_L1.to(row_1H.dtype) * row_1H
 
@@ -56,42 +57,46 @@ class Matformer(nn.Module):
         self.atto.receive(tensor[0] if isinstance(tensor, list) else tensor)
 
     def forward(self, batch: Batch) -> Tensor | Sums:
-        """Sums of losses, one number a document and part `[E]`; off the last stage, what is sent on."""
-        latents, text_input_UD = self.run(batch)
-        return self.sums(latents, batch, text_input_UD) if self.is_last else latents
+        """Sums of losses, one number a document and part `[E]`; off the last stage, what is sent on.
+
+        Where the microbatch is a rank's share, these are the sums over that share.
+        """
+        leaving, text_input_UD = self.run(batch)
+        return self.sums(leaving, batch, text_input_UD) if self.is_last else leaving
+
+    def latents(self, batch: Batch) -> Float[Tensor, "B S H"]:
+        """The Atto's output, where one rank holds the whole model."""
+        return self.run(batch)[0].view(*batch.grid.kind_BS.shape, -1)
 
     def run(self, batch: Batch) -> tuple[Tensor, Float[Tensor, "U D"] | None]:
-        """As `latents`, and the Coda's inputs for text where the Preludio makes them."""
+        """The Atto's output `[L, H]` or what this stage sends; the Coda's inputs for text, if a Preludio makes them."""
         hidden, text_input_UD = self._embedded(batch) if self.is_first else (None, None)
-        return self.atto(hidden, self.view(batch)), text_input_UD
+        return self.atto(hidden, self.view(batch), batch.exchange), text_input_UD
 
     def view(self, batch: Batch) -> AttoView:
         """What the Atto's layers are told of this microbatch; the same on every stage."""
         config = self.model_config
-        times = position_times(batch, modulated_media(config))
+        times = batch.times or position_times(batch, modulated_media(config))
         return atto_view(batch.grid, config.atto, media_context=config.media_context, times=times)
 
-    def latents(self, batch: Batch) -> Tensor:
-        """The Atto's output `[B, S, H]` on the last stage, else what this stage sends."""
-        return self.run(batch)[0]
-
     def embed(self, batch: Batch) -> Float[Tensor, "B S H"]:
-        """Every Preludio's rows at their positions; padding is zero."""
-        return self._embedded(batch)[0]
+        """Every Preludio's rows at their positions, where one rank holds the whole model; padding is zero."""
+        return self._embedded(batch)[0].view(*batch.grid.kind_BS.shape, -1)
 
-    def _embedded(self, batch: Batch) -> tuple[Float[Tensor, "B S H"], Float[Tensor, "U D"] | None]:
-        """The Atto's input, and the Coda's for text where the Preludio makes it."""
+    def _embedded(self, batch: Batch) -> tuple[Float[Tensor, "L H"], Float[Tensor, "U D"] | None]:
+        """What enters the Atto here, and the Coda's inputs for text where the Preludio makes them."""
         text, input_UD = self.preludi["text"], None
         if isinstance(text, TextPreludio):
             symbol_UD, input_UD = text.read(batch.read)
-            found = {"text": text.patches(symbol_UD, batch.read)}
+            found = [text.patches(symbol_UD, batch.read)]
         else:
-            found = {"text": text(batch.read)}
-        found |= {name: self.preludi[name](batch.media[name]) for name in self.model_config.media}
-        hidden_LH = self.start(batch.grid)
-        for rows, slots in found.values():
-            hidden_LH = hidden_LH.index_add(0, slots, rows.to(hidden_LH.dtype))  # autocast gives fewer bits
-        return hidden_LH.view(*batch.grid.kind_BS.shape, -1), input_UD
+            found = [text(batch.read)]
+        found += [self.preludi[name](batch.media[name]) for name in self.model_config.media]
+        kind_L = batch.grid.kind_BS.flatten()
+        hidden_LH = self.start(kind_L if batch.exchange is None else kind_L[batch.exchange.own])
+        rows, slots = (torch.cat(parts) for parts in zip(*found, strict=True))  # not of one dtype under autocast
+        rows, slots = self.atto.bring(rows.to(hidden_LH.dtype), slots, batch.exchange)
+        return hidden_LH.index_add(0, slots, rows), input_UD
 
     def text_logits(
         self, latent_LH: Float[Tensor, "L H"], units: TextUnits, input_UD: Float[Tensor, "U D"] | None = None
@@ -109,10 +114,9 @@ class Matformer(nn.Module):
         return self.code["text"](latent_LH, units, input_UD)
 
     def sums(
-        self, latents_BSH: Float[Tensor, "B S H"], batch: Batch, text_input_UD: Float[Tensor, "U D"] | None = None
+        self, latent_LH: Float[Tensor, "L H"], batch: Batch, text_input_UD: Float[Tensor, "U D"] | None = None
     ) -> Sums:
         """Losses (keys: modalities and "router") and what metrics need, each summed by document."""
-        latent_LH = latents_BSH.flatten(0, 1)
         nats, document = self._text_nats(latent_LH, batch.text, text_input_UD)
         sums: Sums = {"text": segment_sum(nats, document, num_segments=batch.num_documents)}
         for name in self.model_config.media:

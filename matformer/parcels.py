@@ -136,6 +136,38 @@ class RouterUnits:
 
 
 @dataclass(frozen=True, slots=True)
+class PositionTimes:
+    """The time of each position of the Atto whose layers are told of it.
+
+    time: the different times of the microbatch. index: 1 + the row of `time` that a position has, 0 where it has none.
+    """
+
+    time_T: Float[Tensor, " T"]
+    index_BS: Int[Tensor, "B S"]
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """How rows travel in a tensor-parallel group whose ranks encode and decode a share each (`parallel/shares.py`).
+
+    The flat positions are cut into equal chunks, one a rank; own: this rank's. Numbers of rows are by rank, and rows
+    are in ascending order of position.
+    entering: what Preludi made, to the chunks where it stands; slot: places in the own chunk, as rows arrive.
+    leaving: what Code and router read, from there; leaving_slot: places in the own chunk, as rows are sent;
+    read_slot: flat positions, as rows arrive.
+    """
+
+    own: slice
+    entering_sent: tuple[int, ...]
+    entering_received: tuple[int, ...]
+    entering_slot_R: Int[Tensor, " rows"]
+    leaving_sent: tuple[int, ...]
+    leaving_received: tuple[int, ...]
+    leaving_slot_R: Int[Tensor, " rows"]
+    read_slot_R: Int[Tensor, " rows"]
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """One microbatch: what a rank's forward reads.
 
@@ -143,6 +175,8 @@ class Batch:
     noised copies as they are seen, and after them the clean ones.
     num_bytes: raw bytes that the text symbols stand for (`<end>` is none): the divisor of bits per byte.
     num_documents: E, documents numbered over the microbatch; document_keys names them for reports ("source/key").
+    exchange: set where text, read, media and route are one rank's share of the microbatch; then times: those that the
+    Atto's layers are told, of all of it.
     """
 
     grid: Grid
@@ -153,6 +187,8 @@ class Batch:
     num_bytes: int
     num_documents: int
     document_keys: tuple[str, ...]
+    exchange: Exchange | None = None
+    times: PositionTimes | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same microbatch with every tensor on `device`."""
@@ -166,6 +202,8 @@ class Batch:
             read=text if self.read is self.text else _moved(self.read, device),
             media={name: _moved(units, device) for name, units in self.media.items()},
             route=_moved(self.route, device),
+            exchange=self.exchange and _moved(self.exchange, device),
+            times=self.times and _moved(self.times, device),
         )
 
     def counts(self) -> dict[str, float]:
@@ -178,5 +216,5 @@ class Batch:
 
 
 def _moved(record: Record, device: torch.device) -> Record:
-    values = {field.name: getattr(record, field.name).to(device) for field in fields(record)}  # pyright: ignore
-    return type(record)(**values)
+    values = {field.name: getattr(record, field.name) for field in fields(record)}  # pyright: ignore
+    return type(record)(**{key: x.to(device) if isinstance(x, Tensor) else x for key, x in values.items()})

@@ -10,15 +10,17 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from matformer.config.schema import RunConfig
 from matformer.errors import CheckpointError
 from matformer.layers.attention import AttoView
 from matformer.parallel.groups import Groups
-from matformer.parcels import Batch
+from matformer.parcels import Batch, Exchange
 
 Sums = dict[str, Tensor]
+Placed = tuple[Tensor, Tensor]  # rows [R, H], and their places [R]
 Objective = Callable[[Mapping[str, Tensor]], Tensor]
 Reader = Callable[[Sequence[str]], Mapping[str, Tensor]]
 
@@ -27,8 +29,20 @@ class Trunk(nn.Module, ABC):
     """This rank's layers of the Atto."""
 
     @abstractmethod
-    def forward(self, hidden: Tensor | None, view: AttoView) -> Tensor:
-        """`[B, S, H]` in on the first stage (None elsewhere), `[B, S, H]` out on the last (else what is sent on)."""
+    def forward(self, hidden: Tensor | None, view: AttoView, exchange: Exchange | None = None) -> Tensor:
+        """Latents of all positions in on the first stage (None elsewhere), and out on the last (else what is sent on).
+
+        In and out are `[L, H]`, L = B * S in flat order. With an exchange only this rank's chunk of them enters, and
+        positions that this rank does not read leave as zeros.
+        """
+
+    def bring(self, rows: Float[Tensor, "R H"], slots: Int[Tensor, " R"], exchange: Exchange | None) -> Placed:
+        """Rows that Preludi made and their flat positions -> the rows that stand in what enters here, and where.
+
+        Collective over TP where there is an exchange.
+        """
+        assert exchange is None, "one rank shares nothing out"
+        return rows, slots
 
     @abstractmethod
     def receive(self, tensor: Tensor | None) -> None:
@@ -91,7 +105,9 @@ class Host(ABC):
 
     @abstractmethod
     def sums_with_graph(self, batch: Batch) -> Sums:
-        """Per-document sums of a microbatch, for `torch.autograd.grad`: what the optimizer reduces is not touched.
+        """Per-document sums of a microbatch, for `torch.autograd.grad` on the Atto's weights, which are whole.
+
+        What the optimizer reduces is not touched. Over TP each rank's sums are those of its share.
 
         For pp 1 and ZeRO 1 or 2: the stage runs alone, on whole weights. Collective over TP.
         """

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import final
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from matformer.config.schema import RunConfig
@@ -27,8 +30,11 @@ from matformer.hosts.base import (
 from matformer.hosts.layout import Layout, layouts, shape_of, to_global, to_local
 from matformer.hosts.megatron import MegatronTrunk, ModelParallelUnit, build_groups, run_schedule
 from matformer.hosts.plain import added
+from matformer.hosts.replicated import ReplicatedWeights
 from matformer.layers.initialise import initial_value
+from matformer.layers.modulation import position_times
 from matformer.layers.time_conditioning import modulated_media
+from matformer.parallel.shares import share_out
 from matformer.parcels import Batch
 
 
@@ -60,8 +66,25 @@ class MegatronHost(Host):
         optimizer = build_optimizer(groups, self.config)
         self.engine = zero.build_engine(model, optimizer, config=self.config, mpu=ModelParallelUnit())
         self.model = self.engine.module
+        self.replicated = self._replicated()
         if self._has_moments():  # else DeepSpeed links the moments after the first group's first step: one group's only
             zero.make_room_for_moments(self.engine, 0)
+
+    def _replicated(self) -> ReplicatedWeights | None:
+        """Preludi, Code and router, of which each tensor-parallel rank runs a share; None where one rank runs all."""
+        if self.groups.tp is None or self.groups.tp_size == 1:
+            return None
+        small = [module for name, module in self.model.named_children() if name != "atto"]
+        weights = ReplicatedWeights(small, group=self.groups.tp)
+        if self.config.parallel.zero_stage == 3:
+            weights.sum_by_hooks()
+        return weights
+
+    def _around(self) -> AbstractContextManager[None]:
+        """What a forward runs inside of."""
+        if self.replicated is None or self.config.parallel.zero_stage == 3:
+            return nullcontext()
+        return self.replicated.summed()
 
     def _drawn(self, name: str) -> dict[str, Tensor]:
         depth, seed, tp_size = self.config.model.atto.layers, self.config.seed, self.groups.tp_size
@@ -80,21 +103,38 @@ class MegatronHost(Host):
             return objective(sums) * dp_size
 
         if self.config.parallel.zero_stage == 1:
-            parts = run_schedule(self.model, batches, trunk=self.trunk, objective=scaled)
+            parts = run_schedule(self.model, batches, trunk=self.trunk, objective=scaled, around=self._around)
         else:
             parts = [self._through_engine(batch, scaled) for batch in batches]
         skipped_before = self.engine.skipped_steps
         self.engine.step()
         skipped = self.engine.skipped_steps > skipped_before
         self.steps += not skipped
-        totals = [{name: value.sum() for name, value in part.items()} for part in parts]
-        return StepResult(added(totals), float(self.engine.get_global_grad_norm() or 0.0), skipped)
+        totals = added([{name: value.sum() for name, value in part.items()} for part in parts])
+        return StepResult(self._whole(totals), float(self.engine.get_global_grad_norm() or 0.0), skipped)
 
     def _here(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Microbatches as this rank takes them: its share of their units, on its device."""
+        if self.groups.tp_size > 1:
+            batches = [self._share(batch) for batch in batches]
         return [batch.to(self.engine.device) for batch in batches]
 
+    def _share(self, batch: Batch) -> Batch:
+        model, groups = self.config.model, self.groups
+        share = share_out(batch, model=model, rank=groups.tp_rank, ranks=groups.tp_size)
+        return replace(share, times=position_times(batch, modulated_media(model)))
+
+    def _whole(self, sums: Sums) -> Sums:
+        """Sums over all shares, on every rank of a tensor-parallel group. Collective over TP."""
+        if self.groups.tp_size == 1 or not sums:
+            return sums
+        stacked = torch.stack(list(sums.values()))
+        dist.all_reduce(stacked, group=self.groups.tp)
+        return dict(zip(sums, stacked, strict=True))
+
     def _through_engine(self, batch: Batch, objective: Objective) -> Sums:
-        sums = self.engine(batch)
+        with self._around():
+            sums = self.engine(batch)
         self.engine.backward(objective(sums), scale_wrt_gas=False)
         return {name: value.detach() for name, value in sums.items()}
 
@@ -102,13 +142,14 @@ class MegatronHost(Host):
     def forward_only(self, batches: Sequence[Batch]) -> list[Sums]:
         batches = self._here(batches)
         if self.config.parallel.zero_stage == 1:
-            return run_schedule(self.model, batches, trunk=self.trunk, objective=None)
-        sums = [self.engine(batch) for batch in batches]
-        zero.forget_gathered(self.engine)  # else an average that is swapped in afterwards has no effect
-        return sums
+            sums = run_schedule(self.model, batches, trunk=self.trunk, objective=None, around=nullcontext)
+        else:
+            sums = [self.engine(batch) for batch in batches]
+            zero.forget_gathered(self.engine)  # else an average that is swapped in afterwards has no effect
+        return [self._whole(one) for one in sums]
 
     def sums_with_graph(self, batch: Batch) -> Sums:
-        return self.model(batch.to(self.engine.device))
+        return self.model(*self._here([batch]))
 
     def layer_weights(self) -> list[LayerWeight]:
         found = []

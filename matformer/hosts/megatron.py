@@ -10,24 +10,25 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, final
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from matformer.config.schema import AttoConfig, ParallelConfig
 from matformer.errors import ParallelError
-from matformer.hosts.base import Objective, Sums, Trunk
+from matformer.hosts.base import Objective, Placed, Sums, Trunk
 from matformer.hosts.megatron_on_cpu import host_megatron_on_cpu, importing_megatron
 from matformer.layers.attention import AttoView, atto_attention
 from matformer.layers.modulation import ATTO_PARTS, Rows, TimeModulation, modulate, rows_of_positions
 from matformer.layers.norm import rms_norm
 from matformer.parallel.groups import Groups
-from matformer.parcels import Batch
+from matformer.parcels import Batch, Exchange
 
 host_megatron_on_cpu()
 with importing_megatron():
@@ -36,6 +37,7 @@ with importing_megatron():
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import (
+        all_to_all,
         copy_to_tensor_model_parallel_region,
         gather_from_sequence_parallel_region,
         scatter_to_sequence_parallel_region,
@@ -291,18 +293,32 @@ class MegatronTrunk(Trunk):
             post_process=groups.is_last,
         )
 
-    def forward(self, hidden: Float[Tensor, "B S H"] | None, view: AttoView) -> Tensor:
+    def bring(self, rows: Float[Tensor, "R H"], slots: Int[Tensor, " R"], exchange: Exchange | None) -> Placed:
+        if exchange is None:
+            return super().bring(rows, slots, exchange)
+        in_order = rows.index_select(0, slots.argsort())
+        brought = all_to_all(self.groups.tp, in_order, list(exchange.entering_received), list(exchange.entering_sent))
+        return brought, exchange.entering_slot_R
+
+    def forward(self, hidden: Float[Tensor, "L H"] | None, view: AttoView, exchange: Exchange | None = None) -> Tensor:
         entering = None
         if hidden is not None:
-            entering = hidden.flatten(0, 1).unsqueeze(1)
-            if self.config.sequence_parallel:
-                entering = scatter_to_sequence_parallel_region(entering)
+            entering = hidden.unsqueeze(1)
+            if exchange is not None and not self.config.sequence_parallel:  # each rank's gradient is the whole: cut
+                entering = gather_from_sequence_parallel_region(entering, tensor_parallel_output_grad=False)
         leaving = self.block(entering, None, packed_seq_params=view)
         if not self.groups.is_last:
             return leaving
-        if self.config.sequence_parallel:  # every TP rank decodes the whole: the gradient is cut, not summed
-            leaving = gather_from_sequence_parallel_region(leaving, tensor_parallel_output_grad=False)
-        return leaving.view(*view.visible_BSS.shape[:2], -1)
+        return leaving.squeeze(1) if exchange is None else self._given_back(leaving, exchange)
+
+    def _given_back(self, leaving: Float[Tensor, "own 1 H"], exchange: Exchange) -> Float[Tensor, "L H"]:
+        """The latents that this rank reads, from the ranks in whose chunks they stand; zeros at all others."""
+        if not self.config.sequence_parallel:
+            leaving = scatter_to_sequence_parallel_region(leaving)
+        sent = leaving.squeeze(1).index_select(0, exchange.leaving_slot_R)
+        read = all_to_all(self.groups.tp, sent, list(exchange.leaving_received), list(exchange.leaving_sent))
+        positions = len(leaving) * self.groups.tp_size
+        return read.new_zeros(positions, read.shape[1]).index_copy(0, exchange.read_slot_R, read)
 
     def receive(self, tensor: Tensor | None) -> None:
         self.block.set_input_tensor(tensor)  # pyright: ignore[reportArgumentType] - None clears it
@@ -314,15 +330,17 @@ def run_schedule(
     *,
     trunk: MegatronTrunk,
     objective: Objective | None,
+    around: Callable[[], AbstractContextManager[None]],
 ) -> list[Sums]:
     """All microbatches through megatron's schedule, backward too if there is an objective. Collective.
 
-    Returns each microbatch's sums on the last stage, [] elsewhere.
+    around: what each forward runs inside of. Returns each microbatch's sums on the last stage, [] elsewhere.
     """
     model.config, model.model_type = trunk.config, ModelType.encoder_or_decoder  # read by megatron's schedules
 
     def forward_step(iterator: Any, module: nn.Module) -> tuple[Any, Any]:  # noqa: ANN401 - megatron's contract
-        return module(next(iterator)), loss_function
+        with around():
+            return module(next(iterator)), loss_function
 
     def loss_function(sums: Sums) -> tuple[Tensor, Tensor, Sums]:
         one = torch.ones((), dtype=torch.int)

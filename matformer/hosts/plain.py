@@ -95,11 +95,14 @@ class PlainTrunk(Trunk):
         self.layers = nn.ModuleList(Layer(config, modulated=modulated) for _ in range(config.layers))
         self.final_norm = RMSNorm(config.width, config.norm_epsilon)
 
-    def forward(self, hidden: Float[Tensor, "B S H"] | None, view: AttoView) -> Float[Tensor, "B S H"]:
+    def forward(
+        self, hidden: Float[Tensor, "L H"] | None, view: AttoView, exchange: None = None
+    ) -> Float[Tensor, "L H"]:
         assert hidden is not None, "one stage: the Preludi are here"
+        x_BSH = hidden.view(*view.visible_BSS.shape[:2], -1)
         for layer in self.layers:
-            hidden = layer(hidden, view)
-        return self.final_norm(hidden)
+            x_BSH = layer(x_BSH, view)
+        return self.final_norm(x_BSH).flatten(0, 1)
 
     def receive(self, tensor: Tensor | None) -> None:
         assert tensor is None, "one stage receives nothing"

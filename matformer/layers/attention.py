@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from matformer.layers.modulation import PositionTimes
 from matformer.layers.rotary import Rotary, rotate
 from matformer.layers.tiles import Tile, tile_attention
+from matformer.parcels import PositionTimes
 
 
 def masked_attention(

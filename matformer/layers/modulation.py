@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from matformer.layers.time_embedding import NUM_FREQUENCIES, time_waves
+from matformer.parcels import Batch, PositionTimes
 
 ATTO_PARTS = 6  # shift, scale and gate of the attention branch and of the feed-forward branch
 Rows = tuple[Float[Tensor, "... H"], Float[Tensor, "... H"], Float[Tensor, "... H"]]
@@ -40,17 +41,6 @@ def modulate(
     return x * (1 + scale) + shift
 
 
-@dataclass(frozen=True, slots=True)
-class PositionTimes:
-    """The time of each position of the Atto whose layers are told of it.
-
-    time: the different times of the microbatch. index: 1 + the row of `time` that a position has, 0 where it has none.
-    """
-
-    time_T: Float[Tensor, " T"]
-    index_BS: Int[Tensor, "B S"]
-
-
 def rows_of_positions(found_T6H: Float[Tensor, "T parts H"], index: Int[Tensor, "*dims"]) -> tuple[Rows, Rows]:
     """(shift, scale, gate) of the attention branch and of the feed-forward branch at every position `[*dims, H]`.
 
@@ -60,3 +50,21 @@ def rows_of_positions(found_T6H: Float[Tensor, "T parts H"], index: Int[Tensor, 
     rows = table.index_select(0, index.flatten()).view(*index.shape, *table.shape[1:])
     shift, scale, gate, later_shift, later_scale, later_gate = rows.unbind(-2)
     return (shift, scale, gate), (later_shift, later_scale, later_gate)
+
+
+def position_times(batch: Batch, modalities: Sequence[str]) -> PositionTimes | None:
+    """t of the noised patches and 0 of the clean ones of these modalities; None if there is none to be told.
+
+    All other positions (text, start, header, closing, media of other modalities) have no time.
+    """
+    if not modalities:
+        return None
+    units = [batch.media[name] for name in modalities]
+    times = torch.cat([units[0].time_T.new_zeros(1), *(one.time_T for one in units)])
+    index = torch.zeros_like(batch.grid.kind_BS).flatten()
+    first = 2  # 1: clean
+    for one in units:
+        index = index.index_fill(0, one.clean_slot_Q, 1)
+        index = index.index_copy(0, one.noised_slot_Q, first + one.time_of_Q)
+        first += len(one.time_T)
+    return PositionTimes(times, index.view_as(batch.grid.kind_BS))

@@ -109,7 +109,7 @@ def logits_of_ours(model: Matformer, batch: Batch) -> list[Tensor]:
     """`[n + 1, 257]` a document, in the order of the batch."""
     with torch.no_grad():
         latents, inputs = model.run(batch)
-        logits = model.text_logits(latents.flatten(0, 1), batch.text, inputs)
+        logits = model.text_logits(latents, batch.text, inputs)
         again = model.text_logits(model.latents(batch).flatten(0, 1), batch.text)
     assert (logits - again).abs().max() < 1e-5  # what generation computes
     sizes = torch.bincount(batch.text.document_U)

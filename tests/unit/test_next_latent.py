@@ -180,7 +180,7 @@ def assert_no_leak(model: Matformer, batch: Batch) -> None:
     now = replace(units, value_NF=value, noise_QF=noise)
     batch = replace(batch, media={**batch.media, "image": now})
     hidden = model.embed(batch)
-    latent_LH = model.atto(hidden, model.view(batch)).flatten(0, 1)
+    latent_LH = model.atto(hidden.flatten(0, 1), model.view(batch))
     errors_Q = squared_error(model.code["image"](latent_LH, now), now)
     slot_of_row = dict(zip(units.clean_row_Q.tolist(), units.clean_slot_Q.tolist(), strict=True))
     for q, row in enumerate(units.noised_row_Q.tolist()):
@@ -193,7 +193,7 @@ def assert_no_leak(model: Matformer, batch: Batch) -> None:
         assert not by_hidden.flatten(0, 1)[slot_of_row[row] :].any()
     by_value, _ = torch.autograd.grad(errors_Q[3], (value, noise), retain_graph=True)
     assert by_value[:3].any(-1).all()  # the last of the first four reads all three before it
-    sums = model.sums(latent_LH.view_as(hidden), batch)
+    sums = model.sums(latent_LH, batch)
     for part in ("text", "router", "audio"):
         by_value, by_noise = torch.autograd.grad(sums[part].sum(), (value, noise), retain_graph=True, allow_unused=True)
         assert by_value is not None and by_value.any(-1).all(), f"{part} reads every latent"

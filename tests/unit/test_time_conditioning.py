@@ -14,7 +14,6 @@ from torch import Tensor
 
 import matformer.model
 from matformer.atto import masks, trunk
-from matformer.atto.trunk import position_times
 from matformer.coda.latent import LatentCoda
 from matformer.config.schema import ModelConfig, RunConfig, TimeConditioning
 from matformer.data.packing import (
@@ -29,7 +28,7 @@ from matformer.data.packing import (
 )
 from matformer.data.sources import Document, MediaSpan
 from matformer.engine.step import loss_weights
-from matformer.layers.modulation import TimeModulation, modulate, rows_of_positions
+from matformer.layers.modulation import TimeModulation, modulate, position_times, rows_of_positions
 from matformer.layers.tiles import ROWS
 from matformer.layers.time_conditioning import ENTRANCES
 from matformer.layers.time_embedding import TimeEmbedding, time_waves
