@@ -262,23 +262,21 @@ def check_sources(config: RunConfig) -> None:
 
 
 def check_degrees(config: RunConfig) -> None:
-    """Tensor and pipeline degrees divide what they shard."""
+    """Tensor and pipeline degrees divide what they shard; the positions are cut into a chunk a tensor rank."""
     atto, parallel = config.model.atto, config.parallel
     for key, count in (("heads", atto.heads), ("kv_heads", atto.kv_heads), ("ffn_width", atto.ffn_width)):
         _divides(parallel.tp, count, "parallel.tp", f"model.atto.{key}")
+    _divides(parallel.tp, config.data.sequence_latents, "parallel.tp", "data.sequence_latents")
     _divides(parallel.pp, atto.layers, "parallel.pp", "model.atto.layers")
 
 
 def check_sequence_parallel(config: RunConfig) -> None:
     """Sequence parallelism shards the sequence over more than one rank."""
     parallel = config.parallel
-    if not parallel.sequence_parallel:
-        return
     _must(
-        parallel.tp > 1,
+        parallel.tp > 1 or not parallel.sequence_parallel,
         f"parallel.sequence_parallel must be false with parallel.tp 1, got true and {parallel.tp}; change parallel.tp",
     )
-    _divides(parallel.tp, config.data.sequence_latents, "parallel.tp", "data.sequence_latents")
 
 
 def check_zero(config: RunConfig) -> None:

@@ -310,6 +310,8 @@ def test_a_gradient_that_is_not_finite_is_skipped_by_all_ranks(name: str, dtype:
         ("head norms apart", "tp2"),
         ("stream norms apart", "tp2 sequence parallel"),
         ("means of ranks", "dp2"),
+        ("encoders apart", "tp2"),
+        ("encoders averaged", "tp2"),
     ],
 )
 def test_a_planted_fault_is_seen(fault: str, name: str, world: World) -> None:

@@ -20,6 +20,7 @@ with warnings.catch_warnings():
 
     from matformer.hosts.hosted import MegatronHost
     from matformer.hosts.megatron import AttoNorm, HeadNorm, ModulatedLayer
+    from matformer.hosts.replicated import SummedOverGroup
 
 import matformer.engine.step as step_room
 from matformer.checkpoint.store import Checkpoint, save
@@ -189,12 +190,36 @@ def means_of_ranks(host: MegatronHost) -> Iterator[None]:
         step_room.global_counts = counted
 
 
+@contextmanager
+def encoders_apart(host: MegatronHost) -> Iterator[None]:
+    """Preludi and Code keep the gradient of their own share of the units: no sum over TP."""
+    host.replicated = None
+    yield
+
+
+@contextmanager
+def encoders_averaged(host: MegatronHost) -> Iterator[None]:
+    """Their gradient is the mean over TP."""
+    summed = SummedOverGroup.backward
+
+    def averaged(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return (None, *(None if x is None else x / host.groups.tp_size for x in summed(ctx, *gradients)[1:]))
+
+    SummedOverGroup.backward = staticmethod(averaged)
+    try:
+        yield
+    finally:
+        SummedOverGroup.backward = staticmethod(summed)
+
+
 FAULTS: dict[str, Callable[[MegatronHost], contextmanager]] = {  # pyright: ignore
     "": no_fault,
     "head norms apart": head_norms_apart,
     "stream norms apart": stream_norms_apart,
     "modulations apart": modulations_apart,
     "means of ranks": means_of_ranks,
+    "encoders apart": encoders_apart,
+    "encoders averaged": encoders_averaged,
 }
 
 

@@ -314,7 +314,7 @@ BROKEN = {
     "pp divides layers": (["parallel.pp=3"], ["model.atto.layers", "8", "3"]),
     "sequence parallel needs tp": (["parallel.sequence_parallel=true"], ["parallel.tp"]),
     "sequence parallel divides": (
-        ["parallel.sequence_parallel=true", "parallel.tp=2", "data.sequence_latents=255"],
+        ["parallel.tp=2", "data.sequence_latents=255"],
         ["data.sequence_latents", "255", "2"],
     ),
     "zero 2 needs one stage": (["parallel.zero_stage=2", "parallel.pp=2"], ["parallel.zero_stage", "2"]),
