@@ -52,7 +52,7 @@ def rows(config: RunConfig) -> list[tuple[str, str]]:
         ("run", f"{config.name}, into {Path(config.run.folder, config.name)}"),
         ("ranks", f"{parallel.ranks} = {degrees}, ZeRO {parallel.zero_stage}, {parallel.dtype}, {parallel.host}"),
         ("atto", f"{model.atto.layers} layers, width {model.atto.width}, {model.atto.heads} heads"),
-        ("layers a stage", str(model.atto.layers // parallel.pp)),
+        ("layers a stage", ", ".join(map(str, dict.fromkeys(parallel.layers_of_stages(model.atto.layers))))),
         ("media", media or "none"),
         ("sequence", f"{data.sequence_latents} latents"),
         ("global batch", f"{train.global_batch} sequences, {accumulated} microbatch(es) of {train.micro_batch} a rank"),

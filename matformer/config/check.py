@@ -267,7 +267,35 @@ def check_degrees(config: RunConfig) -> None:
     for key, count in (("heads", atto.heads), ("kv_heads", atto.kv_heads), ("ffn_width", atto.ffn_width)):
         _divides(parallel.tp, count, "parallel.tp", f"model.atto.{key}")
     _divides(parallel.tp, config.data.sequence_latents, "parallel.tp", "data.sequence_latents")
-    _divides(parallel.pp, atto.layers, "parallel.pp", "model.atto.layers")
+
+
+def check_stages(config: RunConfig) -> None:
+    """Every layer stands in one stage, and an interleaved schedule has its microbatches in groups of pp."""
+    layers, parallel, train = config.model.atto.layers, config.parallel, config.train
+    stages = parallel.pp * parallel.virtual_stages
+    if parallel.stage_layers is None:
+        what = "parallel.pp" if parallel.virtual_stages == 1 else "parallel.pp * parallel.virtual_stages"
+        _divides(stages, layers, what, "model.atto.layers")
+    else:
+        given = parallel.stage_layers
+        _must(
+            len(given) == stages and sum(given) == layers,
+            f"parallel.stage_layers must be {stages} numbers (parallel.pp * parallel.virtual_stages) that sum to "
+            f"model.atto.layers {layers}, got {list(given)}; change parallel.stage_layers",
+        )
+    if parallel.virtual_stages == 1:
+        return
+    _must(
+        parallel.pp > 1,
+        f"parallel.virtual_stages must be 1 with parallel.pp 1, got {parallel.virtual_stages}; change parallel.pp",
+    )
+    microbatches = train.global_batch // (parallel.dp * train.micro_batch)
+    _must(
+        microbatches % parallel.pp == 0,
+        f"a rank's microbatches a step (train.global_batch / parallel.dp / train.micro_batch) must be a multiple of "
+        f"parallel.pp {parallel.pp} where parallel.virtual_stages is more than 1, got {microbatches}; change "
+        "train.global_batch or train.micro_batch",
+    )
 
 
 def check_sequence_parallel(config: RunConfig) -> None:
@@ -287,6 +315,11 @@ def check_zero(config: RunConfig) -> None:
         f"parallel.zero_stage must be 1 when parallel.pp is more than 1, got {parallel.zero_stage} and {parallel.pp}; "
         "change parallel.zero_stage",
     )
+    _must(
+        parallel.zero_stage >= 2 or not parallel.offload_optimizer,
+        f"parallel.zero_stage must be 2 or 3 where parallel.offload_optimizer is true, got {parallel.zero_stage}; "
+        "change parallel.zero_stage or parallel.offload_optimizer",
+    )
 
 
 def check_gradients(config: RunConfig) -> None:
@@ -296,6 +329,11 @@ def check_gradients(config: RunConfig) -> None:
         every == 0 or (parallel.pp == 1 and parallel.zero_stage <= 2),
         f"parallel.pp must be 1 and parallel.zero_stage at most 2 where run.gradients_every_steps is set, got "
         f"{parallel.pp} and {parallel.zero_stage}; change run.gradients_every_steps",
+    )
+    _must(
+        every == 0 or parallel.recompute == "none",
+        f"parallel.recompute must be none where run.gradients_every_steps is set, got {parallel.recompute}; change "
+        "run.gradients_every_steps",
     )
 
 
@@ -310,9 +348,9 @@ def check_host(config: RunConfig) -> None:
         "change parallel.host",
     )
     _must(
-        parallel.dtype == "float32" and parallel.zero_stage == 1,
-        f"parallel.host plain must have dtype float32 and zero_stage 1, got {parallel.dtype} and "
-        f"{parallel.zero_stage}; change parallel.host",
+        parallel.dtype == "float32" and parallel.zero_stage == 1 and parallel.recompute == "none",
+        f"parallel.host plain must have dtype float32, zero_stage 1 and recompute none, got {parallel.dtype}, "
+        f"{parallel.zero_stage} and {parallel.recompute}; change parallel.host",
     )
 
 
@@ -375,6 +413,7 @@ RULES = (
     check_sequence,
     check_sources,
     check_degrees,
+    check_stages,
     check_sequence_parallel,
     check_zero,
     check_gradients,

@@ -260,6 +260,14 @@ class ParallelConfig(Section):
     tp: Positive = 1
     pp: Positive = 1
     dp: Positive = 1
+    virtual_stages: Positive = Field(default=1, description="stages a pipeline rank (interleaved schedule; pp > 1)")
+    stage_layers: tuple[Positive, ...] | None = Field(
+        default=None, description="layers of each of the pp * virtual_stages stages, in running order; null: equal"
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        default="none", description="in backward: selective, each layer's feed-forward and attention; full, each layer"
+    )
+    offload_optimizer: bool = Field(default=False, description="ZeRO 2 and 3: masters and moments in CPU memory")
     sequence_parallel: bool = Field(default=False, description="shard the norms along the sequence (tp > 1)")
     zero_stage: Literal[1, 2, 3] = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -270,6 +278,11 @@ class ParallelConfig(Section):
     @property
     def ranks(self) -> int:
         return self.tp * self.pp * self.dp
+
+    def layers_of_stages(self, layers: int) -> tuple[int, ...]:
+        """Layers of each stage, in running order: stage s stands on pipeline rank s % pp."""
+        stages = self.pp * self.virtual_stages
+        return self.stage_layers or (layers // stages,) * stages
 
 
 class LossWeights(Section):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from matformer.checkpoint.store import Checkpoint, newest_good, save
 from matformer.config.schema import RunConfig
@@ -38,10 +39,13 @@ def build_host(config: RunConfig) -> Host:
     return MegatronHost(config)
 
 
-def build_model(host: Host, config: RunConfig) -> Matformer:
-    """This rank's stage, its weights drawn, inside its host."""
-    groups = host.groups
-    model = Matformer(config.model, trunk=host.build_trunk(), is_first=groups.is_first, is_last=groups.is_last)
+def build_model(host: Host, config: RunConfig) -> nn.Module:
+    """This rank's stage, or an nn.ModuleList of its stages, its weights drawn, inside its host."""
+    stages = [
+        Matformer(config.model, trunk=trunk, is_first=trunk.is_first, is_last=trunk.is_last)
+        for trunk in host.build_trunks()
+    ]
+    model = stages[0] if len(stages) == 1 else nn.ModuleList(stages)
     host.prepare(model)
     return model
 

@@ -26,7 +26,10 @@ Reader = Callable[[Sequence[str]], Mapping[str, Tensor]]
 
 
 class Trunk(nn.Module, ABC):
-    """This rank's layers of the Atto."""
+    """The layers of one pipeline stage of the Atto. is_first: the Preludi stand before it; is_last: the Code behind."""
+
+    is_first: bool = True
+    is_last: bool = True
 
     @abstractmethod
     def forward(self, hidden: Tensor | None, view: AttoView, exchange: Exchange | None = None) -> Tensor:
@@ -88,12 +91,15 @@ class Host(ABC):
     groups: Groups
 
     @abstractmethod
-    def build_trunk(self) -> Trunk:
-        """This rank's layers, weights not yet drawn."""
+    def build_trunks(self) -> list[Trunk]:
+        """This rank's layers, weights not yet drawn; several under an interleaved schedule, a trunk a stage."""
 
     @abstractmethod
     def prepare(self, model: nn.Module) -> None:
-        """Draw the weights by global name, build optimizer and sharded state around this rank's stage."""
+        """Draw the weights by global name, build optimizer and sharded state around this rank's stage.
+
+        model: what was built around the trunk, or an nn.ModuleList of what was built around each of several.
+        """
 
     @abstractmethod
     def train_step(self, batches: Sequence[Batch], *, objective: Objective, lr: float) -> StepResult:

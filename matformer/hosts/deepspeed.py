@@ -66,6 +66,9 @@ def engine_config(config: RunConfig, *, parameters: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
+    if plan.offload_optimizer:
+        keys["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        keys["zero_force_ds_cpu_optimizer"] = False  # torch's own AdamW runs there; DeepSpeed's needs a compiler
     if plan.dtype == "bfloat16":
         keys["bf16"] = {"enabled": True, "immediate_grad_update": True}
         keys["data_types"] = {"grad_accum_dtype": "fp32"}

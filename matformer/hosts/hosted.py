@@ -48,16 +48,19 @@ class MegatronHost(Host):
         self.steps = 0
         self.layouts: dict[str, Layout] = {}
 
-    def build_trunk(self) -> Trunk:
-        model = self.config.model
-        self.trunk = MegatronTrunk(
-            model.atto, plan=self.config.parallel, groups=self.groups, modulated=bool(modulated_media(model))
-        )
-        return self.trunk
+    def build_trunks(self) -> list[Trunk]:
+        model, plan = self.config.model, self.config.parallel
+        self.trunks = [
+            MegatronTrunk(
+                model.atto, plan=plan, groups=self.groups, stage=stage, modulated=bool(modulated_media(model))
+            )
+            for stage in range(plan.virtual_stages)
+        ]
+        return list(self.trunks)
 
     def prepare(self, model: nn.Module) -> None:
         atto = self.config.model.atto
-        self.layouts = layouts(model, atto=atto, first_layer=self.trunk.first_layer)
+        self.layouts = layouts(model, atto=atto, first_layers=[trunk.first_layer for trunk in self.trunks])
         for name, parameter in model.named_parameters():
             parameter.data.copy_(to_local(self._drawn(name), self.layouts[name], groups=self.groups))
             sharded = any(piece.dim is not None for piece in self.layouts[name].pieces)
@@ -66,6 +69,7 @@ class MegatronHost(Host):
         optimizer = build_optimizer(groups, self.config)
         self.engine = zero.build_engine(model, optimizer, config=self.config, mpu=ModelParallelUnit())
         self.model = self.engine.module
+        self.stages = list(self.model) if isinstance(self.model, nn.ModuleList) else [self.model]
         self.replicated = self._replicated()
         if self._has_moments():  # else DeepSpeed links the moments after the first group's first step: one group's only
             zero.make_room_for_moments(self.engine, 0)
@@ -74,7 +78,7 @@ class MegatronHost(Host):
         """Preludi, Code and router, of which each tensor-parallel rank runs a share; None where one rank runs all."""
         if self.groups.tp is None or self.groups.tp_size == 1:
             return None
-        small = [module for name, module in self.model.named_children() if name != "atto"]
+        small = [module for stage in self.stages for name, module in stage.named_children() if name != "atto"]
         weights = ReplicatedWeights(small, group=self.groups.tp)
         if self.config.parallel.zero_stage == 3:
             weights.sum_by_hooks()
@@ -103,7 +107,7 @@ class MegatronHost(Host):
             return objective(sums) * dp_size
 
         if self.config.parallel.zero_stage == 1:
-            parts = run_schedule(self.model, batches, trunk=self.trunk, objective=scaled, around=self._around)
+            parts = run_schedule(self.stages, batches, trunks=self.trunks, objective=scaled, around=self._around)
         else:
             parts = [self._through_engine(batch, scaled) for batch in batches]
         skipped_before = self.engine.skipped_steps
@@ -142,11 +146,18 @@ class MegatronHost(Host):
     def forward_only(self, batches: Sequence[Batch]) -> list[Sums]:
         batches = self._here(batches)
         if self.config.parallel.zero_stage == 1:
-            sums = run_schedule(self.model, batches, trunk=self.trunk, objective=None, around=nullcontext)
+            filled = batches + [batches[-1]] * (-len(batches) % self._microbatch_group())
+            sums = run_schedule(self.stages, filled, trunks=self.trunks, objective=None, around=nullcontext)
+            sums = sums[: len(batches)]
         else:
             sums = [self.engine(batch) for batch in batches]
             zero.forget_gathered(self.engine)  # else an average that is swapped in afterwards has no effect
         return [self._whole(one) for one in sums]
+
+    def _microbatch_group(self) -> int:
+        """What an interleaved schedule takes microbatches in multiples of."""
+        plan = self.config.parallel
+        return plan.pp if plan.virtual_stages > 1 else 1
 
     def sums_with_graph(self, batch: Batch) -> Sums:
         return self.model(*self._here([batch]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -112,12 +112,16 @@ _RENAMED = {
 }
 
 
-def layouts(model: nn.Module, *, atto: AttoConfig, first_layer: int) -> dict[str, Layout]:
-    """The layout of every parameter of a stage by its local name; `first_layer` is the stage's offset in the Atto."""
-    return {
-        name: _layout(name, shape_of(parameter), atto=atto, first_layer=first_layer)
-        for name, parameter in model.named_parameters()
-    }
+def layouts(model: nn.Module, *, atto: AttoConfig, first_layers: Sequence[int]) -> dict[str, Layout]:
+    """The layout of every parameter of a rank by its local name.
+
+    first_layers: the offset in the Atto of each stage that the rank holds; several are an nn.ModuleList of stages.
+    """
+    found: dict[str, Layout] = {}
+    for name, parameter in model.named_parameters():
+        stage, rest = name.split(".", 1) if len(first_layers) > 1 else ("0", name)
+        found[name] = _layout(rest, shape_of(parameter), atto=atto, first_layer=first_layers[int(stage)])
+    return found
 
 
 def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:

@@ -70,7 +70,8 @@ def build_groups(plan: ParallelConfig) -> Groups:
     if not dist.is_initialized():
         _join_world(plan)
     if not parallel_state.is_initialized():
-        parallel_state.initialize_model_parallel(plan.tp, plan.pp)
+        virtual = plan.virtual_stages if plan.virtual_stages > 1 else None
+        parallel_state.initialize_model_parallel(plan.tp, plan.pp, virtual)
         model_parallel_cuda_manual_seed(1234)  # asked for under sequence parallelism; no random number is drawn from it
     state: Any = parallel_state
     return Groups(
@@ -122,6 +123,21 @@ def transformer_config(atto: AttoConfig, plan: ParallelConfig) -> TransformerCon
         return _transformer_config(atto, plan, dtype=dtype)
 
 
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+def stage_layout(layers: Sequence[int]) -> list[list[str]]:
+    """Layers of each stage, in running order, as megatron is told them."""
+    stages = [["decoder"] * count for count in layers]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
+
+
 def _transformer_config(atto: AttoConfig, plan: ParallelConfig, *, dtype: torch.dtype) -> TransformerConfig:
     return TransformerConfig(
         num_layers=atto.layers,
@@ -140,10 +156,13 @@ def _transformer_config(atto: AttoConfig, plan: ParallelConfig, *, dtype: torch.
         tensor_model_parallel_size=plan.tp,
         pipeline_model_parallel_size=plan.pp,
         sequence_parallel=plan.sequence_parallel,
+        pipeline_model_parallel_layout=stage_layout(plan.layers_of_stages(atto.layers)) if plan.pp > 1 else None,
+        batch_p2p_comm=plan.virtual_stages
+        == 1,  # two ranks of an interleaved pipeline are each other's before and after:
+        overlap_p2p_comm=plan.virtual_stages > 1,  # a batch would pair what one sends on with what the other gives back
+        **RECOMPUTE[plan.recompute],
         pipeline_dtype=dtype,
         params_dtype=dtype,
-        moe_token_dispatcher_type="alltoall",  # what variable lengths ask for, though there is no mixture of experts
-        variable_seq_lengths=plan.pp > 1,  # held-out batches have other row counts than training ones
         calculate_per_token_loss=True,  # our losses are divided already: megatron divides no more
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,  # weights are drawn by global name
@@ -273,24 +292,30 @@ def layer_spec(atto: AttoConfig, *, modulated: bool) -> Any:  # noqa: ANN401 - m
 
 @final
 class MegatronTrunk(Trunk):
-    """This rank's share of the Atto as a megatron-core TransformerBlock.
+    """The layers of one stage as a megatron-core TransformerBlock; `stage`: which of the rank's, from 0.
 
     Megatron's [sequence, batch, width] is filled with (B * S, 1, H): everything it does is position-wise but for the
     attention core, which is ours and knows the rows. So nothing is ever transposed (docs/decisions/0002).
     """
 
-    def __init__(self, atto: AttoConfig, *, plan: ParallelConfig, groups: Groups, modulated: bool = False) -> None:
+    def __init__(
+        self, atto: AttoConfig, *, plan: ParallelConfig, groups: Groups, stage: int = 0, modulated: bool = False
+    ) -> None:
         super().__init__()
         self.config = transformer_config(atto, plan)
-        self.groups = groups
+        self.groups, self.stage = groups, stage
+        self.is_first = groups.is_first and stage == 0
+        self.is_last = groups.is_last and stage == plan.virtual_stages - 1
+        virtual = stage if plan.virtual_stages > 1 else None
         layer = layer_spec(atto, modulated=modulated)
-        count = get_num_layers_to_build(self.config)
-        self.first_layer = get_transformer_layer_offset(self.config)
+        count = get_num_layers_to_build(self.config, virtual)
+        self.first_layer = get_transformer_layer_offset(self.config, virtual)
         self.block = TransformerBlock(
             self.config,
             TransformerBlockSubmodules([layer] * count, layer_norm=ModuleSpec(module=AttoNorm)),
-            pre_process=groups.is_first,
-            post_process=groups.is_last,
+            pre_process=self.is_first,
+            post_process=self.is_last,
+            vp_stage=virtual,
         )
 
     def bring(self, rows: Float[Tensor, "R H"], slots: Int[Tensor, " R"], exchange: Exchange | None) -> Placed:
@@ -307,7 +332,7 @@ class MegatronTrunk(Trunk):
             if exchange is not None and not self.config.sequence_parallel:  # each rank's gradient is the whole: cut
                 entering = gather_from_sequence_parallel_region(entering, tensor_parallel_output_grad=False)
         leaving = self.block(entering, None, packed_seq_params=view)
-        if not self.groups.is_last:
+        if not self.is_last:
             return leaving
         return leaving.squeeze(1) if exchange is None else self._given_back(leaving, exchange)
 
@@ -325,10 +350,10 @@ class MegatronTrunk(Trunk):
 
 
 def run_schedule(
-    model: Any,  # noqa: ANN401 - our stage, as the engine's `module`
+    stages: Sequence[Any],  # our stages, as the engine's `module` holds them
     batches: Sequence[Batch],
     *,
-    trunk: MegatronTrunk,
+    trunks: Sequence[MegatronTrunk],
     objective: Objective | None,
     around: Callable[[], AbstractContextManager[None]],
 ) -> list[Sums]:
@@ -336,7 +361,9 @@ def run_schedule(
 
     around: what each forward runs inside of. Returns each microbatch's sums on the last stage, [] elsewhere.
     """
-    model.config, model.model_type = trunk.config, ModelType.encoder_or_decoder  # read by megatron's schedules
+    for stage, trunk in zip(stages, trunks, strict=True):  # read by megatron's schedules
+        stage.config, stage.model_type, stage.vp_stage = trunk.config, ModelType.encoder_or_decoder, trunk.stage
+    interleaved = len(stages) > 1
 
     def forward_step(iterator: Any, module: nn.Module) -> tuple[Any, Any]:  # noqa: ANN401 - megatron's contract
         with around():
@@ -349,8 +376,8 @@ def run_schedule(
 
     outputs = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(batches),
-        model=model,
+        data_iterator=[iter(batches) for _ in stages] if interleaved else iter(batches),
+        model=list(stages) if interleaved else stages[0],
         num_microbatches=len(batches),
         seq_length=batches[0].grid.kind_BS.numel(),
         micro_batch_size=1,

@@ -122,7 +122,11 @@ class PlainHost(Host):
         self.groups = Groups()
         self.steps = 0
 
+    def build_trunks(self) -> list[Trunk]:
+        return [self.build_trunk()]
+
     def build_trunk(self) -> Trunk:
+        """All layers."""
         return plain_trunk(self.config.model)
 
     def prepare(self, model: nn.Module) -> None:

@@ -69,9 +69,28 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
+MORE_LAYOUTS: dict[str, dict[str, Any]] = {
+    "pp2 interleaved": {"pp": 2, "virtual_stages": 2},
+    "pp2 uneven": {"pp": 2, "stage_layers": (3, 1)},
+    "tp2 pp2 interleaved uneven": {
+        "tp": 2,
+        "pp": 2,
+        "virtual_stages": 2,
+        "stage_layers": (1, 1, 1, 1),
+        "sequence_parallel": True,
+    },
+    "full recompute": {"recompute": "full"},
+    "tp2 selective recompute": {"tp": 2, "recompute": "selective"},
+    "tp2 pp2 full recompute": {"tp": 2, "pp": 2, "recompute": "full", "sequence_parallel": True},
+    "dp2 zero3 full recompute": {"dp": 2, "zero_stage": 3, "recompute": "full"},
+    "dp2 zero2 offload": {"dp": 2, "zero_stage": 2, "offload_optimizer": True},
+    "dp2 zero3 offload": {"dp": 2, "zero_stage": 3, "offload_optimizer": True},
+}
+
+
 def run_of(name: str, **train: Any) -> RunConfig:
     """The run of a layout."""
-    return tiny_run(layers=LAYERS, train=train, **LAYOUTS[name])
+    return tiny_run(layers=LAYERS, train=train, **(LAYOUTS | MORE_LAYOUTS)[name])
 
 
 @cache
@@ -127,7 +146,7 @@ def test_the_steps_move_every_parameter() -> None:
     assert [name for name, gradient in gradients.items() if not gradient.any()] == []
 
 
-@pytest.mark.parametrize("name", list(LAYOUTS))
+@pytest.mark.parametrize("name", [*LAYOUTS, *MORE_LAYOUTS])
 def test_a_layout_gives_the_losses_and_every_gradient_of_one_rank(name: str, world: World) -> None:
     config = run_of(name)
     trained = world(config.parallel.ranks).run(cases.train_ranks, config, mixed_steps())

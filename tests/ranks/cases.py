@@ -27,9 +27,9 @@ from matformer.checkpoint.store import Checkpoint, save
 from matformer.config.schema import RunConfig
 from matformer.engine.average import Average
 from matformer.engine.gradients import gradient_row
+from matformer.engine.loop import build_model
 from matformer.engine.step import metrics_row, optimizer_step
 from matformer.hosts.base import Host
-from matformer.model import Matformer
 from matformer.parallel.groups import Groups
 from matformer.parcels import Batch
 from tests.made import plain_host
@@ -114,10 +114,7 @@ def hosted(config: RunConfig) -> Iterator[MegatronHost]:
     """A host with stirred weights; afterwards the groups are taken down, so that the next layout can begin."""
     torch.set_num_threads(1)
     host = MegatronHost(config)
-    model = Matformer(
-        config.model, trunk=host.build_trunk(), is_first=host.groups.is_first, is_last=host.groups.is_last
-    )
-    host.prepare(model)
+    build_model(host, config)
     reference = dict(plain_host(config).state().weights)
 
     def read(keys: Sequence[str]) -> dict[str, torch.Tensor]:

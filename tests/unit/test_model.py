@@ -47,7 +47,7 @@ def embedded(model: Matformer, batch: Batch) -> tuple[Tensor, Tensor]:
     """The Atto's input `[L, H]`, a leaf that collects a gradient by position, and its output `[B, S, H]`."""
     hidden_LH = model.embed(batch).detach().flatten(0, 1).requires_grad_()
     view = trunk.atto_view(batch.grid, MODEL.atto)
-    return hidden_LH, model.atto(hidden_LH.view(*batch.grid.kind_BS.shape, -1), view)
+    return hidden_LH, model.atto(hidden_LH, view).view(*batch.grid.kind_BS.shape, -1)
 
 
 def text_nats(model: Matformer, latents_BSH: Tensor, batch: Batch) -> Tensor:

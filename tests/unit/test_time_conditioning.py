@@ -207,7 +207,8 @@ def assert_text_is_untouched(model: Matformer) -> None:
     batch = batch_of(mixed_documents(), model.model_config)
     hidden, view = model.embed(batch), model.view(batch)
     alone = replace(view, visible_BSS=torch.eye(LENGTH, dtype=torch.bool).expand_as(view.visible_BSS))
-    assert_patches_alone_differ(model.atto(hidden, alone), plain.atto(hidden, alone), batch)
+    told, untold = (one.atto(hidden.flatten(0, 1), alone).view_as(hidden) for one in (model, plain))
+    assert_patches_alone_differ(told, untold, batch)
 
 
 def assert_patches_alone_differ(told: Tensor, untold: Tensor, batch: Batch) -> None:
@@ -314,7 +315,7 @@ def assert_nothing_earlier_and_no_other_document_reads_it(model: Matformer, *, l
     batch = pack_batch(pieces, [draw_zeros], model=model.model_config, sequence_latents=length)
     batch = with_noise(batch, time=0.4, seed=0, index=0)
     hidden = model.embed(batch).detach().requires_grad_()
-    latents = model.atto(hidden, model.view(batch))
+    latents = model.atto(hidden.flatten(0, 1), model.view(batch)).view_as(hidden)
     places, document_S, span_S = torch.arange(length), batch.grid.document_BS[0], batch.grid.span_BS[0]
     for place in (document_S >= 0).nonzero().flatten().tolist():
         (gradient,) = torch.autograd.grad(latents[0, place].square().sum(), hidden, retain_graph=True)
