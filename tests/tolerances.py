@@ -15,3 +15,9 @@ GRADIENT = 1e-5
 
 # bfloat16 keeps 8 bits of a number; losses are means over hundreds of terms.
 BFLOAT16_LOSS = 0.02
+
+# The same in float64 through megatron's schedule alone.
+DOUBLE_GRADIENT = 1e-10
+
+# Weights after three steps under a layout against one rank, float32: each tensor's largest difference over its largest.
+WEIGHT = 1e-5

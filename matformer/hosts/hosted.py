@@ -59,8 +59,7 @@ class MegatronHost(Host):
         return list(self.trunks)
 
     def prepare(self, model: nn.Module) -> None:
-        atto = self.config.model.atto
-        self.layouts = layouts(model, atto=atto, first_layers=[trunk.first_layer for trunk in self.trunks])
+        self.lay_out(model)
         for name, parameter in model.named_parameters():
             parameter.data.copy_(to_local(self._drawn(name), self.layouts[name], groups=self.groups))
             sharded = any(piece.dim is not None for piece in self.layouts[name].pieces)
@@ -68,11 +67,16 @@ class MegatronHost(Host):
         groups = parameter_groups(model, weight_decay=self.config.train.weight_decay)
         optimizer = build_optimizer(groups, self.config)
         self.engine = zero.build_engine(model, optimizer, config=self.config, mpu=ModelParallelUnit())
-        self.model = self.engine.module
-        self.stages = list(self.model) if isinstance(self.model, nn.ModuleList) else [self.model]
-        self.replicated = self._replicated()
         if self._has_moments():  # else DeepSpeed links the moments after the first group's first step: one group's only
             zero.make_room_for_moments(self.engine, 0)
+
+    def lay_out(self, model: nn.Module) -> None:
+        """Take the rank's stages: how their tensors stand to the global ones, and which are summed over TP."""
+        atto = self.config.model.atto
+        self.layouts = layouts(model, atto=atto, first_layers=[trunk.first_layer for trunk in self.trunks])
+        self.model = model
+        self.stages = list(model) if isinstance(model, nn.ModuleList) else [model]
+        self.replicated = self._replicated()
 
     def _replicated(self) -> ReplicatedWeights | None:
         """Preludi, Code and router, of which each tensor-parallel rank runs a share; None where one rank runs all."""
@@ -84,7 +88,7 @@ class MegatronHost(Host):
             weights.sum_by_hooks()
         return weights
 
-    def _around(self) -> AbstractContextManager[None]:
+    def around(self) -> AbstractContextManager[None]:
         """What a forward runs inside of."""
         if self.replicated is None or self.config.parallel.zero_stage == 3:
             return nullcontext()
@@ -107,7 +111,7 @@ class MegatronHost(Host):
             return objective(sums) * dp_size
 
         if self.config.parallel.zero_stage == 1:
-            parts = run_schedule(self.stages, batches, trunks=self.trunks, objective=scaled, around=self._around)
+            parts = run_schedule(self.stages, batches, trunks=self.trunks, objective=scaled, around=self.around)
         else:
             parts = [self._through_engine(batch, scaled) for batch in batches]
         skipped_before = self.engine.skipped_steps
@@ -120,10 +124,11 @@ class MegatronHost(Host):
     def _here(self, batches: Sequence[Batch]) -> list[Batch]:
         """Microbatches as this rank takes them: its share of their units, on its device."""
         if self.groups.tp_size > 1:
-            batches = [self._share(batch) for batch in batches]
+            batches = [self.share(batch) for batch in batches]
         return [batch.to(self.engine.device) for batch in batches]
 
-    def _share(self, batch: Batch) -> Batch:
+    def share(self, batch: Batch) -> Batch:
+        """This rank's share of a microbatch in its tensor-parallel group."""
         model, groups = self.config.model, self.groups
         share = share_out(batch, model=model, rank=groups.tp_rank, ranks=groups.tp_size)
         return replace(share, times=position_times(batch, modulated_media(model)))
@@ -137,7 +142,7 @@ class MegatronHost(Host):
         return dict(zip(sums, stacked, strict=True))
 
     def _through_engine(self, batch: Batch, objective: Objective) -> Sums:
-        with self._around():
+        with self.around():
             sums = self.engine(batch)
         self.engine.backward(objective(sums), scale_wrt_gas=False)
         return {name: value.detach() for name, value in sums.items()}

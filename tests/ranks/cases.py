@@ -19,7 +19,8 @@ with warnings.catch_warnings():
     from megatron.core import parallel_state
 
     from matformer.hosts.hosted import MegatronHost
-    from matformer.hosts.megatron import AttoNorm, HeadNorm, ModulatedLayer
+    from matformer.hosts.layout import to_global, to_local
+    from matformer.hosts.megatron import AttoNorm, HeadNorm, ModulatedLayer, run_schedule
     from matformer.hosts.replicated import SummedOverGroup
 
 import matformer.engine.step as step_room
@@ -30,6 +31,9 @@ from matformer.engine.gradients import gradient_row
 from matformer.engine.loop import build_model
 from matformer.engine.step import metrics_row, optimizer_step
 from matformer.hosts.base import Host
+from matformer.layers.precision import at_least_float32
+from matformer.losses.total import total_loss
+from matformer.model import Matformer
 from matformer.parallel.groups import Groups
 from matformer.parcels import Batch
 from tests.made import plain_host
@@ -99,14 +103,70 @@ def _train(host: Host, config: RunConfig, steps: Sequence[GlobalBatch]) -> Train
         assert not numbers.skipped
         losses.append(metrics_row(numbers, config)["loss"])
         norms.append(numbers.grad_norm)
-        if number == 0:
+        if number == 0 and config.train.optimizer == "adamw":
             first = host.state().moments["exp_avg"]
             gradients = _arrays({name: value / (1 - config.train.betas[0]) for name, value in first.items()})
     return Trained(losses, norms, gradients, _arrays(host.state().weights))
 
 
+def double_plain(config: RunConfig, batches: GlobalBatch) -> Arrays:
+    """Every gradient of one global batch in float64, plain PyTorch."""
+    torch.set_num_threads(1)
+    host = plain_host(config)
+    model = host.model.double()
+    objective = _objective(batches, config, groups=host.groups)
+    for batch in batches:
+        objective(model(batch)).backward()
+    return _arrays({name: parameter.grad for name, parameter in model.named_parameters()})
+
+
+def double_gradients(config: RunConfig, batches: GlobalBatch) -> Arrays:
+    """The same under a layout, through megatron's schedule and without DeepSpeed: what this rank owns."""
+    torch.set_num_threads(1)
+    host = MegatronHost(config)
+    try:
+        stages = [
+            Matformer(config.model, trunk=trunk, is_first=trunk.is_first, is_last=trunk.is_last)
+            for trunk in host.build_trunks()
+        ]
+        model = stages[0] if len(stages) == 1 else torch.nn.ModuleList(stages)
+        host.lay_out(model)
+        reference = plain_host(config).state().weights
+        for name, parameter in model.named_parameters():
+            layout = host.layouts[name]
+            pieces = {piece.name: reference[piece.name] for piece in layout.pieces}
+            parameter.data = to_local(pieces, layout, groups=host.groups).double()
+        for trunk in host.trunks:
+            trunk.config.pipeline_dtype = torch.float64
+        mine = share(batches, host.groups)
+        shares = [host.share(batch) for batch in mine] if host.groups.tp_size > 1 else list(mine)
+        objective = _objective(mine, config, groups=host.groups)
+        run_schedule(host.stages, shares, trunks=host.trunks, objective=objective, around=host.around)
+        return _owned_gradients(host, model)
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def _objective(batches: GlobalBatch, config: RunConfig, *, groups: Groups) -> Callable[..., torch.Tensor]:
+    counts, weights = step_room.global_counts(batches, groups), step_room.loss_weights(config)
+    return lambda sums: total_loss(sums, counts=counts, weights=weights)
+
+
+def _owned_gradients(host: MegatronHost, model: torch.nn.Module) -> Arrays:
+    owner, found = host.groups.dp_rank == 0 and host.groups.tp_rank == 0, {}
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        assert gradient is not None, name
+        if host.groups.dp_size > 1:
+            torch.distributed.all_reduce(gradient, group=host.groups.dp)
+        for piece, tensor in to_global(gradient, host.layouts[name], groups=host.groups):
+            if owner:
+                found[piece] = tensor
+    return _arrays(found)
+
+
 def _arrays(tensors: Mapping[str, torch.Tensor]) -> Arrays:
-    return {name: tensor.detach().float().numpy().copy() for name, tensor in tensors.items()}
+    return {name: at_least_float32(tensor.detach()).numpy().copy() for name, tensor in tensors.items()}
 
 
 @contextmanager
