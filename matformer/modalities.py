@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 from matformer.coda.latent import LatentCoda
 from matformer.coda.text import TextCoda
 from matformer.coda.token import TokenCoda
 from matformer.config.schema import MediaConfig, ModelConfig, TextConfig
 from matformer.layers.ngrams import NgramSettings
 from matformer.preludio.latent import LatentPreludio
+from matformer.preludio.leaves import LeafMerge
 from matformer.preludio.text import TextPreludio
 from matformer.preludio.token import TokenPreludio
 
@@ -25,11 +24,6 @@ def patch_variance(media: MediaConfig) -> list[float]:
     """Variance of each scalar of a patch, in the order of `patchify`: 1 unless the config knows better."""
     known = media.channel_variance if media.precondition == "channel" else None
     return [value for value in known or (1.0,) * media.channels for _ in range(media.patch**media.rank)]
-
-
-def patches_of_bucket(media: MediaConfig, bucket: int) -> int:
-    """N of one span in this shape bucket."""
-    return math.prod(cells // media.patch for cells in media.buckets[bucket])
 
 
 def places_of_axes(media: MediaConfig) -> tuple[int, int, int]:
@@ -96,8 +90,15 @@ def build_preludi(model: ModelConfig) -> dict[str, TextPreludio | TokenPreludio 
             objective=media.objective,
             scaled=media.precondition != "none",
             time_conditioning=media.time_conditioning,
+            merge=_leaf_merge(media, atto_width=model.atto.width),
         )
     return preludi
+
+
+def _leaf_merge(media: MediaConfig, *, atto_width: int) -> LeafMerge | None:
+    if media.budget is None:
+        return None
+    return LeafMerge(patch_scalars(media), atto_width=atto_width, rank=media.rank, levels=media.budget.levels)
 
 
 def build_code(model: ModelConfig) -> dict[str, TextCoda | TokenCoda | LatentCoda]:

@@ -89,7 +89,8 @@ class MediaUnits:
     value: the clean patches x, normalised; noise: epsilon (zeros where the span is only given).
     place: each patch's t, y, x in its span's grid of patches (0 on axes that the modality lacks).
     time: t of each span's noised copy (1 is noise), 0 where the span has none.
-    noised_row / noised_slot: row in N and flat position b * S + s of every noised position; clean_*: likewise.
+    noised_row / noised_slot: row in N and flat position b * S + s of every noised patch; clean_*: likewise.
+    noised_level / clean_level: level of the patch's leaf under a budget: 2^(rank * level) patches share a slot; else 0.
     header_slot, closing_slot: flat positions of each span's header and closing; bucket: its shape bucket.
     weight: of each span's squared errors in the loss; 1 in held-out batches.
     time_span / time_slot: span and flat position of each position that holds nothing but t (conditioning `token`).
@@ -107,8 +108,10 @@ class MediaUnits:
     document_J: Int[Tensor, " J"]
     noised_row_Q: Int[Tensor, " Qn"]
     noised_slot_Q: Int[Tensor, " Qn"]
+    noised_level_Q: Int[Tensor, " Qn"]
     clean_row_Q: Int[Tensor, " Qc"]
     clean_slot_Q: Int[Tensor, " Qc"]
+    clean_level_Q: Int[Tensor, " Qc"]
     weight_J: Float[Tensor, " J"]
     time_span_Q: Int[Tensor, " Qt"]
     time_slot_Q: Int[Tensor, " Qt"]

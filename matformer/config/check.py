@@ -7,6 +7,7 @@ import math
 import re
 from pathlib import PurePath
 
+from matformer.config.budget import budgeted_splits, root_counts
 from matformer.config.schema import MediaConfig, RunConfig
 from matformer.errors import ConfigError
 
@@ -184,14 +185,32 @@ def check_loss_weighting(config: RunConfig) -> None:
         )
 
 
+def check_budget(config: RunConfig) -> None:
+    """What no block of patches fills is within the budget."""
+    for name, media in config.model.media.items():
+        if media.budget is None:
+            continue
+        share, levels = media.budget.share, media.budget.levels
+        for bucket in range(len(media.buckets)):
+            grid, key = media.grid(bucket), f"model.media.{name}.budget"
+            fewest = sum(root_counts(grid, levels=levels))
+            _must(
+                budgeted_splits(grid, share=share, levels=levels) >= 0,
+                f"{key}.share must leave the fewest latents that {key}.levels {levels} can make of {list(grid)} "
+                f"patches, {fewest} of {math.prod(grid)}, got {share}; change {key}.share or {key}.levels",
+            )
+
+
 def check_sequence(config: RunConfig) -> None:
     """A media span is never cut: start, header, both copies and closing of the largest fit in a sequence."""
     copies = 2 if config.model.media_context == "clean_copy" else 1
     for name, media in config.model.media.items():
-        largest = max(media.buckets, key=math.prod)
-        patches, token = math.prod(cells // media.patch for cells in largest), media.time_conditioning == "token"
-        needed = copies * patches + 3 + token
-        what = ("two copies" if copies == 2 else "one copy") + f" of {patches} patches"
+        largest = max(range(len(media.buckets)), key=media.noised_latents)
+        noised, clean = media.noised_latents(largest), media.clean_latents(largest)
+        token = media.time_conditioning == "token"
+        needed = noised + (copies == 2) * clean + 3 + token
+        what = ("two copies" if copies == 2 else "one copy") + f" of {noised} patches"
+        what += f", the clean one of {clean} latents" if copies == 2 and clean != noised else ""
         _must(
             needed <= config.data.sequence_latents,
             f"data.sequence_latents must hold the largest {name} span, which takes {needed} latents (start, header, "
@@ -325,6 +344,7 @@ RULES = (
     check_media_names,
     check_media_buckets,
     check_loss_weighting,
+    check_budget,
     check_sequence,
     check_sources,
     check_degrees,

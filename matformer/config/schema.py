@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from matformer.config.budget import budgeted_leaves
 
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
@@ -82,6 +85,13 @@ class TextConfig(Section):
     ngram_gain: float = Field(default=8.0, gt=0.0, description="on what the tables give: they start at zero")
 
 
+class BudgetConfig(Section):
+    """Fewer latents for a span: where the clean latent varies little, a block of patches becomes one (quad-tree)."""
+
+    share: float = Field(gt=0.0, le=1.0, description="most latents of a copy, as a share of its patches")
+    levels: Positive = Field(default=2, description="a latent stands for at most 2^levels patches a side")
+
+
 class MediaConfig(Section):
     """A latent modality: any grid of VAE latents."""
 
@@ -112,6 +122,23 @@ class MediaConfig(Section):
         description="how the network is told t: a vector added in Preludio and Coda, a position at the head of the "
         "noised span, AdaLN in Preludio and Coda, or AdaLN in the Atto's layers at this modality's patches",
     )
+    budget: BudgetConfig | None = Field(
+        default=None, description="of clean copies: given spans, and what follows a generated one; none: every patch"
+    )
+
+    def grid(self, bucket: int) -> tuple[int, ...]:
+        """Patches along each axis of a shape bucket."""
+        return tuple(cells // self.patch for cells in self.buckets[bucket])
+
+    def noised_latents(self, bucket: int) -> int:
+        """Most latents of a span's noised copy."""
+        return math.prod(self.grid(bucket))
+
+    def clean_latents(self, bucket: int) -> int:
+        """Most latents of a span's clean copy."""
+        if self.budget is None:
+            return math.prod(self.grid(bucket))
+        return budgeted_leaves(self.grid(bucket), share=self.budget.share, levels=self.budget.levels)
 
 
 class RouterConfig(Section):

@@ -19,6 +19,7 @@ from matformer.data.text_rows import Mask, PaddedText, TextRows, joined, mask_at
 from matformer.errors import ParcelError
 from matformer.layers.noise_levels import loss_weights, on_index
 from matformer.layers.patchify import patchify
+from matformer.layers.quad_tree import leaf_numbers, num_leaves
 from matformer.parallel.seeds import draw_time, generator
 from matformer.parcels import Batch, Grid, Kind, MediaUnits, RouterUnits
 from matformer.shapes import NUM_AXES
@@ -54,8 +55,10 @@ DrawMask = Callable[[str, int, int], Mask]  # (document key, span of the sequenc
 DrawNoise = Callable[[str, int, tuple[int, int]], Noise]  # (document key, span of the sequence, (N, F)) -> Noise
 
 
-def num_patches(span: MediaSpan, *, model: ModelConfig) -> int:
-    """N of a media span."""
+def num_latents(span: MediaSpan, tree: np.ndarray | None, *, model: ModelConfig) -> int:
+    """Latents of a copy of a media span that stands in `tree`: the tree's leaves, or all patches."""
+    if tree is not None:
+        return num_leaves(tree, rank=model.media[span.modality].rank)
     patch = model.media[span.modality].patch
     return math.prod(size // patch for size in span.latent.shape[1:])
 
@@ -79,9 +82,12 @@ def span_positions(document: Document, span: int, *, model: ModelConfig, first: 
     if isinstance(part, TextSpan):
         patches, followed = len(part.patch_lengths) - first, span + 1 < len(document.spans)
         return text_positions(patches, model.text, given=max(0, part.given - first), followed=followed)
-    generated = part.role == "generate"
-    copies = generated + has_clean_copy(document, span, model=model)
-    return 2 + copies * num_patches(part, model=model) + generated * time_positions(model.media[part.modality])
+    taken = 2
+    if part.role == "generate":
+        taken += time_positions(model.media[part.modality]) + num_latents(part, None, model=model)
+    if has_clean_copy(document, span, model=model):
+        taken += num_latents(part, part.tree, model=model)
+    return taken
 
 
 def document_positions(document: Document, *, model: ModelConfig) -> int:
@@ -91,11 +97,11 @@ def document_positions(document: Document, *, model: ModelConfig) -> int:
 
 def largest_span(model: ModelConfig) -> int:
     """Positions of the largest media span with all its copies, and a start before it."""
-    copies = 2 if model.media_context == "clean_copy" else 1
+    copied = model.media_context == "clean_copy"
     sizes = [
-        copies * math.prod(size // media.patch for size in bucket) + time_positions(media)
+        media.noised_latents(bucket) + copied * media.clean_latents(bucket) + time_positions(media)
         for media in model.media.values()
-        for bucket in media.buckets
+        for bucket in range(len(media.buckets))
     ]
     return 3 + max(sizes, default=0)
 
@@ -237,6 +243,15 @@ def with_noise(batch: Batch, *, time: float, seed: int, index: int) -> Batch:
 
 
 @dataclass(slots=True)
+class _Copies:
+    """Of each patch of each copy: its row among the patches, its latent's slot, the level of its leaf."""
+
+    rows: list[np.ndarray] = field(default_factory=list)
+    slots: list[np.ndarray] = field(default_factory=list)
+    levels: list[np.ndarray] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class _Media:
     values: list[Tensor] = field(default_factory=list)
     noises: list[np.ndarray] = field(default_factory=list)
@@ -247,11 +262,9 @@ class _Media:
     headers: list[int] = field(default_factory=list)
     closings: list[int] = field(default_factory=list)
     documents: list[int] = field(default_factory=list)
-    noised: list[tuple[int, int]] = field(default_factory=list)  # (first row, first slot) of each noised copy
-    clean: list[tuple[int, int]] = field(default_factory=list)
+    noised: _Copies = field(default_factory=_Copies)
+    clean: _Copies = field(default_factory=_Copies)
     time_slots: list[tuple[int, int]] = field(default_factory=list)  # (span, slot) of each position of `token`
-    noised_sizes: list[int] = field(default_factory=list)
-    clean_sizes: list[int] = field(default_factory=list)
     rows: int = 0
 
 
@@ -383,7 +396,7 @@ class _Builder:
         rows = len(value)
         generated = part.role == "generate"
         noise = self.draw(piece.document.key, self.spans, (rows, value.shape[1])) if generated else None
-        places = patch_places(part.latent.shape[1:], patch=self.model.media[part.modality].patch)
+        places = patch_places(part.latent.shape[1:], patch=config.patch)
         begin = self.at
         header = self._take(1, Kind.HEADER)
         self.axes[self.row, header, 0] = self._tick(1)
@@ -392,14 +405,10 @@ class _Builder:
             if time_positions(config):
                 told = self._copy(np.zeros((1, NUM_AXES - 1), np.int64), shared, kind=Kind.NOISED)
                 units.time_slots.append((len(units.sizes), self._slot(told.start)))
-            copy = self._copy(places, shared, kind=Kind.NOISED)
+            self._patches(part, units.noised, places, shared, kind=Kind.NOISED, tree=None)
             self.blind[self.row, begin : self.at] = noise.blind
-            units.noised.append((units.rows, self._slot(copy.start)))
-            units.noised_sizes.append(rows)
         if has_clean_copy(piece.document, span, model=self.model):
-            copy = self._copy(places, shared, kind=Kind.CLEAN)
-            units.clean.append((units.rows, self._slot(copy.start)))
-            units.clean_sizes.append(rows)
+            self._patches(part, units.clean, places, shared, kind=Kind.CLEAN, tree=part.tree)
         closing = self._take(1, Kind.CLOSING)
         self.axes[self.row, closing, 0] = self._tick(1)
         self.modality[self.row, begin : self.at] = self.index[part.modality]
@@ -418,6 +427,28 @@ class _Builder:
         if self._is_asked(piece, span):
             target, bucket = self._what_comes(piece, span + 1)
             self._ask(closing.start, target, rule=OPEN, span_end=True, bucket=bucket)
+
+    def _patches(
+        self,
+        part: MediaSpan,
+        copies: _Copies,
+        places: np.ndarray,
+        clock: np.ndarray,
+        *,
+        kind: Kind,
+        tree: np.ndarray | None,
+    ) -> None:
+        """A copy of the span that is being laid down: a latent a patch, or a leaf of `tree`."""
+        if tree is None:
+            slots, levels = self._slots(self._copy(places, clock, kind=kind)), np.zeros(len(places), np.int64)
+        else:
+            patch = self.model.media[part.modality].patch
+            leaf, middle = leaf_places(tree, [size // patch for size in part.latent.shape[1:]])
+            slots, levels = self._slot(self._copy(middle, clock, kind=kind).start) + leaf, tree
+        rows = self.media[part.modality].rows
+        copies.rows.append(np.arange(rows, rows + len(places)))
+        copies.slots.append(slots)
+        copies.levels.append(levels)
 
     def _time(self, document: Document, span: int, drawn: float) -> float:
         """The t of a span: halved where text will read it noised, and on an index under DDPM. 0 stays: it is clean.
@@ -512,8 +543,6 @@ class _Builder:
         units, config = self.media[name], self.model.media[name]
         features = config.channels * config.patch**config.rank
         noises = [torch.from_numpy(noise) for noise in units.noises]
-        noised_row, noised_slot = _runs(units.noised, units.noised_sizes)
-        clean_row, clean_slot = _runs(units.clean, units.clean_sizes)
         times = torch.tensor(units.times, dtype=torch.float32)
         told = torch.tensor(units.time_slots, dtype=torch.int64).view(-1, 2)
         weights = loss_weights(
@@ -529,10 +558,12 @@ class _Builder:
             header_slot_J=torch.tensor(units.headers, dtype=torch.int64),
             closing_slot_J=torch.tensor(units.closings, dtype=torch.int64),
             document_J=torch.tensor(units.documents, dtype=torch.int64),
-            noised_row_Q=noised_row,
-            noised_slot_Q=noised_slot,
-            clean_row_Q=clean_row,
-            clean_slot_Q=clean_slot,
+            noised_row_Q=joined(units.noised.rows),
+            noised_slot_Q=joined(units.noised.slots),
+            noised_level_Q=joined(units.noised.levels),
+            clean_row_Q=joined(units.clean.rows),
+            clean_slot_Q=joined(units.clean.slots),
+            clean_level_Q=joined(units.clean.levels),
             weight_J=weights,
             time_span_Q=told[:, 0],
             time_slot_Q=told[:, 1],
@@ -558,13 +589,21 @@ def patch_places(grid: Sequence[int], *, patch: int) -> Int[np.ndarray, "N 3"]:
     """t, y, x of each patch in raster order: audio lies on t, images on y and x, video on all three."""
     patches = [size // patch for size in grid]
     places = np.zeros((math.prod(patches), 3), np.int64)
-    first = 1 if len(patches) == 2 else 0
-    places[:, first : first + len(patches)] = np.indices(patches).reshape(len(patches), -1).T
+    places[:, _axes(len(patches))] = np.indices(patches).reshape(len(patches), -1).T
     return places
 
 
-def _runs(firsts: list[tuple[int, int]], sizes: list[int]) -> tuple[Tensor, Tensor]:
-    """Rows and slots of copies, from the first of each."""
-    rows = [np.arange(row, row + size) for (row, _), size in zip(firsts, sizes, strict=True)]
-    slots = [np.arange(slot, slot + size) for (_, slot), size in zip(firsts, sizes, strict=True)]
-    return joined(rows), joined(slots)
+def leaf_places(tree: Int[np.ndarray, " N"], grid: Sequence[int]) -> tuple[np.ndarray, Int[np.ndarray, "leaves 3"]]:
+    """The number of each patch's leaf `[N]` in a grid of patches; t, y, x of each leaf: of its middle, rounded down.
+
+    A leaf of one patch stands where its patch does without a budget.
+    """
+    number, first = leaf_numbers(tree, grid=grid)
+    places = patch_places(grid, patch=1)[first]
+    places[:, _axes(len(grid))] += ((1 << tree[first]) - 1)[:, None] // 2
+    return number, places
+
+
+def _axes(rank: int) -> slice:
+    """Of t, y, x, those that a grid of this rank has."""
+    return slice(1, 3) if rank == 2 else slice(rank)

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from matformer.config.schema import DataConfig, MediaConfig, ModelConfig, SourceConfig
 from matformer.data.patching import Patcher, build_patcher, text_symbols
 from matformer.data.shards import ShardReader
 from matformer.errors import DataError
+from matformer.layers.patchify import patchify
+from matformer.layers.quad_tree import budgeted_levels
 from matformer.parallel.seeds import Permutation, generator
 
 Role = Literal["generate", "given"]
@@ -41,12 +44,16 @@ class TextSpan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MediaSpan:
-    """One normalised latent [C, *grid] (float32), its shape bucket's index, and whether it is generated or given."""
+    """One normalised latent [C, *grid] (float32), its shape bucket's index, and whether it is generated or given.
+
+    tree: under a budget, the level of each patch's leaf in the clean copy (`layers/quad_tree.py`); None: no budget.
+    """
 
     modality: str
     latent: np.ndarray
     bucket: int
     role: Role
+    tree: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,7 +75,7 @@ def cut_span(data: bytes, lengths: np.ndarray, patcher: Patcher, *, ended: bool 
 
 
 def media_span(latent: np.ndarray, modality: str, *, media: MediaConfig, role: Role) -> MediaSpan:
-    """A media span of a normalised latent [C, *grid].
+    """A media span of a normalised latent [C, *grid], with the tree that the modality's budget gives it.
 
     Raises DataError if its channels or grid are not the model's, or it holds what is not finite.
     """
@@ -80,7 +87,17 @@ def media_span(latent: np.ndarray, modality: str, *, media: MediaConfig, role: R
         )
     if not np.isfinite(latent).all():
         raise DataError(f"a latent of {modality} must be finite, got nan or infinity; prepare the data again")
-    return MediaSpan(modality, np.ascontiguousarray(latent, np.float32), media.buckets.index(tuple(grid)), role)
+    latent, bucket = np.ascontiguousarray(latent, np.float32), media.buckets.index(tuple(grid))
+    return MediaSpan(modality, latent, bucket, role, tree_of(latent, media=media))
+
+
+def tree_of(latent: np.ndarray, *, media: MediaConfig) -> np.ndarray | None:
+    """The tree that the budget gives a normalised latent [C, *grid]; None without a budget."""
+    if media.budget is None:
+        return None
+    patches = patchify(torch.from_numpy(latent), rank=media.rank, patch=media.patch).numpy()
+    grid = [size // media.patch for size in latent.shape[1:]]
+    return budgeted_levels(patches, grid=grid, share=media.budget.share, levels=media.budget.levels)
 
 
 def merge_spans(spans: Sequence[bytes | MediaSpan], patcher: Patcher) -> tuple[TextSpan | MediaSpan, ...]:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from matformer.config.schema import MediaObjective, RunConfig
 from matformer.data.packing import DrawNoise, Noise, Piece, Place, document_positions, draw_zeros, pack_batch
-from matformer.data.sources import Document, MediaSpan
+from matformer.data.sources import Document, MediaSpan, tree_of
 from matformer.engine.draws import Draws, Row, Solver, dice_of, given
 from matformer.errors import ParcelError
 from matformer.layers.noise_levels import levels, time_of_log_snr
 from matformer.layers.patchify import unpatchify
-from matformer.modalities import patch_scalars, patches_of_bucket
+from matformer.modalities import patch_scalars
 from matformer.model import Matformer
 from matformer.parcels import Batch
 
@@ -38,7 +38,7 @@ def draw_media(
     empty = [_empty_span(modality, bucket, config=config) for bucket in buckets]
     documents = [Document(f"row {row.number}", (*given(row.spans), one)) for row, one in zip(rows, empty, strict=True)]
     batch = denoising_batch(documents, config=config, guided=draws.guidance != 1)
-    sizes = [patches_of_bucket(media, bucket) for bucket in buckets]
+    sizes = [math.prod(media.grid(bucket)) for bucket in buckets]
     noise = [
         dice_of(draws, row, modality).standard_normal((size, patch_scalars(media)), dtype=np.float32)
         for row, size in zip(rows, sizes, strict=True)
@@ -50,7 +50,10 @@ def draw_media(
         unpatchify(x_NF, grid=media.buckets[bucket], patch=media.patch).numpy()
         for x_NF, bucket in zip(x_QF.split(sizes), buckets, strict=True)
     ]
-    return [replace(one, latent=latent) for one, latent in zip(empty, latents, strict=True)]
+    return [
+        replace(one, latent=latent, tree=tree_of(latent, media=media))
+        for one, latent in zip(empty, latents, strict=True)
+    ]
 
 
 def denoise(

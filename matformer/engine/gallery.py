@@ -17,6 +17,7 @@ import numpy as np
 import soundfile
 import torch
 from PIL import Image
+from torch import Tensor
 
 from matformer.config.schema import RunConfig
 from matformer.data.loader import Loader
@@ -222,13 +223,19 @@ def _shares_of_sources(batches: Sequence[Batch]) -> dict[str, float]:
         first[1:] = text.patch_U[1:] != text.patch_U[:-1]
         owners = [text.document_U[first]]
         for units in batch.media.values():
-            rows = torch.cat((units.noised_row_Q, units.clean_row_Q))
+            slots = torch.cat((units.noised_slot_Q, units.clean_slot_Q))
+            rows = torch.cat((units.noised_row_Q, units.clean_row_Q))[_first_of_each(slots)]
             owners += [units.document_J[units.span_N[rows]], units.document_J, units.document_J]
         counts = torch.bincount(torch.cat(owners), minlength=batch.num_documents).tolist()
         for key, count in zip(batch.document_keys, counts, strict=True):
             latents[key.split("/", 1)[0]] += count
     total = max(sum(latents.values()), 1)
     return {name: round(count / total, 4) for name, count in latents.most_common()}
+
+
+def _first_of_each(slots: Tensor) -> Tensor:
+    """Where each number stands first: patches that share a latent are one."""
+    return torch.from_numpy(np.unique(slots.numpy(), return_index=True)[1])
 
 
 def _prompt(document: Document) -> tuple[bytes, int]:

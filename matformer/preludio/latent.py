@@ -18,6 +18,7 @@ from matformer.layers.time_conditioning import ENTRANCES
 from matformer.layers.time_embedding import TimeEmbedding
 from matformer.parcels import MediaUnits
 from matformer.preludio.base import Preludio
+from matformer.preludio.leaves import LeafMerge
 
 
 @final
@@ -26,7 +27,7 @@ class LatentPreludio(Preludio[MediaUnits]):
 
     The time is added, or scales and shifts the row (there is no block that a gate could close), or stands as a row of
     its own at the head of the noised span, or is not told here. The header is an embedding of the shape bucket, the
-    closing one vector: both belong to the modality.
+    closing one vector: both belong to the modality. With `merge`, patches that share a latent become one row.
     Sources: BAGEL (time added to the latents); DiT, section 3.2 (patchify); Show-o2 and JanusFlow (time as a position).
     """
 
@@ -40,6 +41,7 @@ class LatentPreludio(Preludio[MediaUnits]):
         objective: MediaObjective = "flow",
         scaled: bool = True,
         time_conditioning: TimeConditioning = "add",
+        merge: LeafMerge | None = None,
     ) -> None:
         super().__init__()
         self.objective: MediaObjective = objective
@@ -51,6 +53,7 @@ class LatentPreludio(Preludio[MediaUnits]):
             self.time = TimeModulation(atto_width, parts=2)
         elif self.entrance != "nowhere":
             self.time = TimeEmbedding(atto_width)
+        self.merge = merge
         self.header_embedding = nn.Embedding(num_buckets, atto_width)
         self.closing_embedding = nn.Embedding(1, atto_width)
 
@@ -59,27 +62,34 @@ class LatentPreludio(Preludio[MediaUnits]):
         clean = units.value_NF[units.clean_row_Q]
         patch = self.precondition.network_input(
             torch.cat((noised, clean)), torch.cat((time_Q, time_Q.new_zeros(len(clean))))
-        )
+        ).to(self.patch.weight.dtype)
         row = torch.cat((units.noised_row_Q, units.clean_row_Q))
-        patches = self.patch(patch.to(self.patch.weight.dtype)) + self.place(units.place_NX[row])
+        slot = torch.cat((units.noised_slot_Q, units.clean_slot_Q))
+        span = torch.cat((units.span_N[units.noised_row_Q], torch.full_like(units.clean_row_Q, len(units.time_J))))
+        patches = self.patch(patch) + self.place(units.place_NX[row])
+        if self.merge is not None:
+            level = torch.cat((units.noised_level_Q, units.clean_level_Q))
+            patches, first = self.merge(patches, patch, slot, level)
+            slot, span = slot[first], span[first]
         rows = [
-            self._told(patches, units),
+            self._told(patches, span, units),
             self.header_embedding(units.bucket_J),
             self.closing_embedding(torch.zeros_like(units.bucket_J)),
         ]
-        slots = [units.noised_slot_Q, units.clean_slot_Q, units.header_slot_J, units.closing_slot_J]
+        slots = [slot, units.header_slot_J, units.closing_slot_J]
         if self.entrance == "token":
             rows.append(self.time(units.time_J[units.time_span_Q]))
             slots.append(units.time_slot_Q)
         return torch.cat(rows), torch.cat(slots)
 
-    def _told(self, patches_QH: Float[Tensor, "Q H"], units: MediaUnits) -> Float[Tensor, "Q H"]:
-        """Rows of the noised patches and then of the clean ones, with their times."""
+    def _told(
+        self, patches_QH: Float[Tensor, "Q H"], span_Q: Int[Tensor, " Q"], units: MediaUnits
+    ) -> Float[Tensor, "Q H"]:
+        """Rows with the times of their spans; clean ones are of the span behind the last."""
         if self.entrance not in ("added", "film"):
             return patches_QH
-        times = torch.cat((units.time_J, units.time_J.new_zeros(1)))  # the last: clean
-        span = torch.cat((units.span_N[units.noised_row_Q], torch.full_like(units.clean_row_Q, len(units.time_J))))
-        found = self.time(times).index_select(0, span)
+        times = torch.cat((units.time_J, units.time_J.new_zeros(1)))
+        found = self.time(times).index_select(0, span_Q)
         if self.entrance == "added":
             return patches_QH + found
         return modulate(patches_QH, shift=found[:, 0], scale=found[:, 1])

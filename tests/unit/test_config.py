@@ -260,6 +260,14 @@ BROKEN = {
         ["data.sequence_latents=66", "model.media_context=noised"],
         ["67", "66", "one copy of 64 patches", "audio"],
     ),
+    "a budget of latents leaves less": (
+        ["data.sequence_latents=98", "model.media.audio.budget.share=0.5"],
+        ["99", "98", "64 patches, the clean one of 32 latents", "audio"],
+    ),
+    "what no block fills is within the budget": (
+        ["model.media.image.budget={share: 0.3, levels: 1}", "model.media.image.buckets=[[6, 10]]"],
+        ["[3, 5]", "9 of 15", "0.3", "model.media.image.budget.share"],
+    ),
     "the weight of SD3 is for its path": (
         ["model.media.image.objective=ddpm_v", "model.media.image.loss_weighting=cosmap"],
         ["model.media.image.loss_weighting", "ddpm_v", "cosmap"],
