@@ -11,6 +11,7 @@ from matformer.preludio.latent import LatentPreludio
 from matformer.preludio.leaves import LeafMerge
 from matformer.preludio.text import TextPreludio
 from matformer.preludio.token import TokenPreludio
+from matformer.router.tree import TreeHead
 
 MAX_PATCH = 256  # rows of the place-in-patch table; data.patcher.max_patch_bytes may not exceed it
 
@@ -116,3 +117,12 @@ def build_code(model: ModelConfig) -> dict[str, TextCoda | TokenCoda | LatentCod
             time_conditioning=media.time_conditioning,
         )
     return code
+
+
+def build_tree_heads(model: ModelConfig) -> dict[str, TreeHead]:
+    """Of each modality whose noised copies stand in trees."""
+    return {
+        name: TreeHead(model.atto.width, places=places_of_axes(media), levels=media.budget.levels)
+        for name, media in model.media.items()
+        if media.budget is not None and media.noises_trees
+    }

@@ -118,6 +118,23 @@ class MediaUnits:
 
 
 @dataclass(frozen=True, slots=True)
+class TreeUnits:
+    """The trees that noised copies of one modality stand in, as questions to their headers: is this block split?
+
+    A block is 2^level patches a side; those inside a leaf are not asked. Empty where noised copies have every patch.
+    slot: flat position of each tree's header; document: whose it is. tree: which tree a block is of; place: t, y, x of
+    its first patch.
+    """
+
+    slot_J: Int[Tensor, " J"]
+    document_J: Int[Tensor, " J"]
+    tree_K: Int[Tensor, " K"]
+    level_K: Int[Tensor, " K"]
+    place_KX: Int[Tensor, "K 3"]
+    split_K: Bool[Tensor, " K"]
+
+
+@dataclass(frozen=True, slots=True)
 class RouterUnits:
     """The questions "what comes next?": at start, text patches and closings, unless the answer lies elsewhere.
 
@@ -141,6 +158,7 @@ class Batch:
     text: what the Coda decodes. read: what the Preludio reads: the same under `ar`, under a diffusion objective the
     noised copies as they are seen, and after them the clean ones.
     num_bytes: raw bytes that the text symbols stand for (`<end>` is none): the divisor of bits per byte.
+    trees: of modalities whose noised copies stand in trees.
     num_documents: E, documents numbered over the microbatch; document_keys names them for reports ("source/key").
     """
 
@@ -148,6 +166,7 @@ class Batch:
     text: TextUnits
     read: TextUnits
     media: Mapping[str, MediaUnits]
+    trees: Mapping[str, TreeUnits]
     route: RouterUnits
     num_bytes: int
     num_documents: int
@@ -164,13 +183,18 @@ class Batch:
             text=text,
             read=text if self.read is self.text else _moved(self.read, device),
             media={name: _moved(units, device) for name, units in self.media.items()},
+            trees={name: _moved(units, device) for name, units in self.trees.items()},
             route=_moved(self.route, device),
         )
 
     def counts(self) -> dict[str, float]:
-        """Terms that each loss sums here, known before the forward: symbols, scalars of noised patches, questions."""
+        """Terms that each loss sums here, known before the forward: symbols, scalars of noised patches, questions.
+
+        A whole tree is one question.
+        """
         symbols = self.text.token_P.numel() or int(self.text.scored_U.sum())
-        counts = {"text": float(symbols), "router": float(self.route.slot_R.numel())}
+        asked = self.route.slot_R.numel() + sum(trees.slot_J.numel() for trees in self.trees.values())
+        counts = {"text": float(symbols), "router": float(asked)}
         for name, units in self.media.items():
             counts[name] = float(units.noised_row_Q.numel() * units.value_NF.shape[1])
         return counts

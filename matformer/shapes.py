@@ -10,7 +10,7 @@ F  scalars of a media patch           C  channels of an autoencoder's latent
 Q  rows that enter a media Preludio   R  router questions of a microbatch
 M  modalities (text first)            V  byte vocabulary: 256 bytes, <end>, <mask>, <begin>
 W  window of local attention          E  documents of a microbatch
-T  pieces of a vocabulary, and <end>
+T  pieces of a vocabulary, and <end>     K  blocks of trees that are asked whether they split (else: size of a head)
 """
 
 NUM_AXES = 4

@@ -191,6 +191,12 @@ def check_budget(config: RunConfig) -> None:
         if media.budget is None:
             continue
         share, levels = media.budget.share, media.budget.levels
+        others = [one for one, source in config.data.sources.items() if source.form == "documents"]
+        _must(
+            media.budget.noised_tree != "shuffled" or not others,
+            f"model.media.{name}.budget.noised_tree shuffled must have sources of form pairs alone, got "
+            f"{', '.join(others)} of form documents; change model.media.{name}.budget.noised_tree or data.sources",
+        )
         for bucket in range(len(media.buckets)):
             grid, key = media.grid(bucket), f"model.media.{name}.budget"
             fewest = sum(root_counts(grid, levels=levels))

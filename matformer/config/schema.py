@@ -90,6 +90,11 @@ class BudgetConfig(Section):
 
     share: float = Field(gt=0.0, le=1.0, description="most latents of a copy, as a share of its patches")
     levels: Positive = Field(default=2, description="a latent stands for at most 2^levels patches a side")
+    noised_tree: Literal["none", "own", "shuffled"] = Field(
+        default="none",
+        description="noised copies have every patch; or stand in the tree of their clean latent, which tells where "
+        "detail is and is predicted from the header in sampling; shuffled (a control): in another medium's tree",
+    )
 
 
 class MediaConfig(Section):
@@ -130,9 +135,14 @@ class MediaConfig(Section):
         """Patches along each axis of a shape bucket."""
         return tuple(cells // self.patch for cells in self.buckets[bucket])
 
+    @property
+    def noises_trees(self) -> bool:
+        """Whether noised copies stand in trees, so that a tree is predicted before a span is sampled."""
+        return self.budget is not None and self.budget.noised_tree != "none"
+
     def noised_latents(self, bucket: int) -> int:
         """Most latents of a span's noised copy."""
-        return math.prod(self.grid(bucket))
+        return self.clean_latents(bucket) if self.noises_trees else math.prod(self.grid(bucket))
 
     def clean_latents(self, bucket: int) -> int:
         """Most latents of a span's clean copy."""

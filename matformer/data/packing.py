@@ -19,9 +19,9 @@ from matformer.data.text_rows import Mask, PaddedText, TextRows, joined, mask_at
 from matformer.errors import ParcelError
 from matformer.layers.noise_levels import loss_weights, on_index
 from matformer.layers.patchify import patchify
-from matformer.layers.quad_tree import leaf_numbers, num_leaves
+from matformer.layers.quad_tree import asked_blocks, leaf_numbers, num_leaves
 from matformer.parallel.seeds import draw_time, generator
-from matformer.parcels import Batch, Grid, Kind, MediaUnits, RouterUnits
+from matformer.parcels import Batch, Grid, Kind, MediaUnits, RouterUnits, TreeUnits
 from matformer.shapes import NUM_AXES
 
 INSIDE_TEXT, AFTER_TEXT, OPEN = range(3)  # what a router's question may be answered with
@@ -49,6 +49,15 @@ class Noise(NamedTuple):
     blind: bool
     time: float
     epsilon: np.ndarray
+
+
+class Tree(NamedTuple):
+    """A noised copy's tree: its header's flat position, its document's number, levels of patches, shape bucket."""
+
+    header: int
+    document: int
+    tree: np.ndarray
+    bucket: int
 
 
 DrawMask = Callable[[str, int, int], Mask]  # (document key, span of the sequence, symbols) -> Mask
@@ -84,7 +93,7 @@ def span_positions(document: Document, span: int, *, model: ModelConfig, first: 
         return text_positions(patches, model.text, given=max(0, part.given - first), followed=followed)
     taken = 2
     if part.role == "generate":
-        taken += time_positions(model.media[part.modality]) + num_latents(part, None, model=model)
+        taken += time_positions(model.media[part.modality]) + num_latents(part, part.noised_tree, model=model)
     if has_clean_copy(document, span, model=model):
         taken += num_latents(part, part.tree, model=model)
     return taken
@@ -295,6 +304,7 @@ class _Builder:
         self.axes = np.zeros((*shape, NUM_AXES), np.int64)
         self.text, self.clean_text = TextRows(), TextRows()
         self.media = {name: _Media() for name in model.media}
+        self.trees: dict[str, list[Tree]] = {name: [] for name, media in model.media.items() if media.noises_trees}
         self.route = _Route()
         self.keys: dict[str, int] = {}
 
@@ -405,8 +415,11 @@ class _Builder:
             if time_positions(config):
                 told = self._copy(np.zeros((1, NUM_AXES - 1), np.int64), shared, kind=Kind.NOISED)
                 units.time_slots.append((len(units.sizes), self._slot(told.start)))
-            self._patches(part, units.noised, places, shared, kind=Kind.NOISED, tree=None)
+            self._patches(part, units.noised, places, shared, kind=Kind.NOISED, tree=part.noised_tree)
             self.blind[self.row, begin : self.at] = noise.blind
+            if part.noised_tree is not None:
+                trees = self.trees[part.modality]
+                trees.append(Tree(self._slot(header.start), self.number, part.noised_tree, part.bucket))
         if has_clean_copy(piece.document, span, model=self.model):
             self._patches(part, units.clean, places, shared, kind=Kind.CLEAN, tree=part.tree)
         closing = self._take(1, Kind.CLOSING)
@@ -533,6 +546,7 @@ class _Builder:
             text=text,
             read=self.text.and_clean(self.clean_text) if self.model.diffuses_text else text,
             media={name: self._media_parcel(name) for name in self.model.media},
+            trees={name: tree_units(found, media=self.model.media[name]) for name, found in self.trees.items()},
             route=self._route_parcel(),
             num_bytes=self.text.num_bytes,
             num_documents=len(self.keys),
@@ -583,6 +597,24 @@ class _Builder:
             bucket_R=torch.tensor(route.buckets, dtype=torch.int64),
             document_R=torch.tensor(route.documents, dtype=torch.int64),
         )
+
+
+def tree_units(trees: Sequence[Tree], *, media: MediaConfig) -> TreeUnits:
+    """What is asked of the headers of these trees."""
+    assert media.budget is not None
+    asked = [asked_blocks(one.tree, grid=media.grid(one.bucket), levels=media.budget.levels) for one in trees]
+    places = [np.zeros((0, 3), np.int64)]
+    for _, corners, _ in asked:
+        places.append(np.zeros((len(corners), 3), np.int64))
+        places[-1][:, _axes(media.rank)] = corners
+    return TreeUnits(
+        slot_J=torch.tensor([one.header for one in trees], dtype=torch.int64),
+        document_J=torch.tensor([one.document for one in trees], dtype=torch.int64),
+        tree_K=joined([np.full(len(levels), number) for number, (levels, _, _) in enumerate(asked)]),
+        level_K=joined([levels for levels, _, _ in asked]),
+        place_KX=torch.from_numpy(np.concatenate(places)),
+        split_K=joined([splits for _, _, splits in asked]).bool(),
+    )
 
 
 def patch_places(grid: Sequence[int], *, patch: int) -> Int[np.ndarray, "N 3"]:

@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +47,7 @@ class MediaSpan:
     """One normalised latent [C, *grid] (float32), its shape bucket's index, and whether it is generated or given.
 
     tree: under a budget, the level of each patch's leaf in the clean copy (`layers/quad_tree.py`); None: no budget.
+    noised_tree: the same of the noised copy; None: it has every patch.
     """
 
     modality: str
@@ -54,6 +55,7 @@ class MediaSpan:
     bucket: int
     role: Role
     tree: np.ndarray | None = None
+    noised_tree: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,7 +90,8 @@ def media_span(latent: np.ndarray, modality: str, *, media: MediaConfig, role: R
     if not np.isfinite(latent).all():
         raise DataError(f"a latent of {modality} must be finite, got nan or infinity; prepare the data again")
     latent, bucket = np.ascontiguousarray(latent, np.float32), media.buckets.index(tuple(grid))
-    return MediaSpan(modality, latent, bucket, role, tree_of(latent, media=media))
+    tree = tree_of(latent, media=media)
+    return MediaSpan(modality, latent, bucket, role, tree, tree if media.noises_trees else None)
 
 
 def tree_of(latent: np.ndarray, *, media: MediaConfig) -> np.ndarray | None:
@@ -246,9 +249,25 @@ class PairSource(MediaSource):
         caption = self._caption(facts["texts"], main=main, other=other).encode()
         if not caption:
             raise DataError(f"a document must hold text, got none in {self._key(index)}; prepare the data again")
-        span = self._span(index, "moments.npy", modality=self.config.modality or facts["modality"], role=role)
+        modality = self.config.modality or facts["modality"]
+        span = self._span(index, "moments.npy", modality=modality, role=role)
+        media = self.model.media[modality]
+        if role == "generate" and media.budget is not None and media.budget.noised_tree == "shuffled":
+            span = replace(span, noised_tree=self._other(index, span).tree)
         spans = (caption, span) if role == "generate" else (span, caption)
         return Document(self._key(index), merge_spans(spans, self.patcher))
+
+    def _other(self, index: int, span: MediaSpan) -> MediaSpan:
+        """Another document's medium of the same shape, from half the data set away (neighbours are variants of one)."""
+        for step in range(len(self)):
+            other = (index + len(self) // 2 + step) % len(self)
+            found = self._span(other, "moments.npy", modality=span.modality, role=span.role)
+            if other != index and found.bucket == span.bucket:
+                return found
+        raise DataError(
+            f"a shape must stand in two documents where trees are shuffled, got one alone in {self._key(index)}; set "
+            f"model.media.{span.modality}.budget.noised_tree"
+        )
 
     def _caption(self, texts: list[dict[str, str]], *, main: float, other: float) -> str:
         mains = [text["text"] for text in texts if text["lang"] == self.config.main_language]

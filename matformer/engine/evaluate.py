@@ -28,6 +28,7 @@ from matformer.engine.clean_errors import clean_errors, media_batches
 from matformer.engine.document_sums import Documents, document_sums, gather_documents, velocity_scalars
 from matformer.engine.paired import caption_gain
 from matformer.engine.restore import load_for_inference
+from matformer.engine.tree_arms import tree_arms
 from matformer.hosts.base import Host
 from matformer.losses.flow import loss_name
 from matformer.parcels import Batch
@@ -118,7 +119,7 @@ def evaluate_run(
     `data`, a text data set, its held-out documents alone are scored, all unless `text_bytes` says less, and nothing is
     kept. Raises ConfigError, CheckpointError or DataError.
     """
-    config, host, _ = load_for_inference(run_folder, ema=ema)
+    config, host, model = load_for_inference(run_folder, ema=ema)
     if data is not None:
         config = _of_text(config, data)
     amounts = {
@@ -129,6 +130,9 @@ def evaluate_run(
     config = config.model_copy(update={"eval": asked})
     baselines = _baselines(config, asked)
     numbers = evaluate(host, config, full=True, rivals=baselines)
+    if config.eval.media_spans:
+        for modality in (name for name, media in config.model.media.items() if media.noises_trees):
+            numbers |= tree_arms(host, model, config, modality=modality)
     if ema:
         numbers = {name.replace("heldout/", "heldout_ema/", 1): value for name, value in numbers.items()}
     evaluation = Evaluation(host.steps, numbers, baselines.numbers)

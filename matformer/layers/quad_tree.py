@@ -14,6 +14,7 @@ Sources: Quadformer (Ronen 2023), for the greedy mosaic under a budget; APT (Cho
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -99,6 +100,34 @@ def leaf_numbers(tree: Int[np.ndarray, " N"], *, grid: Sequence[int]) -> tuple[n
     corner = np.ravel_multi_index(tuple(at >> tree << tree), tuple(grid))
     first, number = np.unique(corner, return_inverse=True)
     return number.reshape(-1), first
+
+
+def asked_blocks(
+    tree: Int[np.ndarray, " N"], *, grid: Sequence[int], levels: int
+) -> tuple[Int[np.ndarray, " K"], Int[np.ndarray, "K rank"], np.ndarray]:
+    """Level and first patch of every block that is no part of a leaf, large ones first, and whether it is split.
+
+    They are the tree, written as answers. Of a tree of patches alone, every block of the grid.
+    """
+    level_of, found = tree.reshape(tuple(grid)), []
+    for level in range(levels, 0, -1):
+        corners = np.indices([size >> level for size in grid]).reshape(len(grid), -1) << level
+        below = level_of[tuple(corners)]
+        asked = below <= level
+        found.append((np.full(asked.sum(), level), corners.T[asked], below[asked] < level))
+    levels_K, corners_KX, splits_K = zip(*found, strict=True)
+    return np.concatenate(levels_K), np.concatenate(corners_KX), np.concatenate(splits_K)
+
+
+def drawn_levels(
+    scores_K: Float[np.ndarray, " K"], *, grid: Sequence[int], share: float, levels: int
+) -> Int[np.ndarray, " N"]:
+    """The tree of this budget that splits by scores of every block of the grid, in the order of `asked_blocks`."""
+    shapes = [tuple(size >> level for size in grid) for level in range(levels, 0, -1)]
+    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
+    scores = [part.reshape(shape) for part, shape in zip(np.split(scores_K, ends), shapes, strict=True)]
+    splits = budgeted_splits(grid, share=share, levels=levels)
+    return grow(scores[::-1], grid=grid, splits=splits, floor=-math.inf)
 
 
 def num_leaves(tree: Int[np.ndarray, " N"], *, rank: int) -> int:

@@ -40,14 +40,20 @@ class LeafMerge(nn.Module):
     ) -> Leaves:
         """row: what each patch would give alone; patch: its scalars as the network sees them; slot: its leaf's."""
         firsts = [(level_Q == 0).nonzero().flatten()]
-        rows = [row_QH[firsts[0]]]
+        rows = [row_QH.index_select(0, firsts[0])]
         for level, (cells, detail) in enumerate(zip(self.cells, self.detail, strict=True), start=1):
             place_LM = places_of_level(slot_Q, level_Q, level=level, cells=cells)
             first_L = place_LM[:, 0]
-            merged = row_QH[place_LM].mean(1) + detail(patch_QF[place_LM].flatten(1))
+            of_leaf, cells_LMF = (taken(x, place_LM) for x in (row_QH, patch_QF))
+            merged = of_leaf.mean(1) + detail(cells_LMF.flatten(1))
             rows.append(merged + self.level_embedding(torch.full_like(first_L, level - 1)))
             firsts.append(first_L)
         return Leaves(torch.cat(rows), torch.cat(firsts))
+
+
+def taken(x_QD: Float[Tensor, "Q D"], place_LM: Int[Tensor, "L M"]) -> Float[Tensor, "L M D"]:
+    """Rows at these places; its backward adds in a fixed order."""
+    return x_QD.index_select(0, place_LM.flatten()).view(*place_LM.shape, x_QD.shape[1])
 
 
 def places_of_level(
