@@ -190,11 +190,10 @@ class Batch:
     def counts(self) -> dict[str, float]:
         """Terms that each loss sums here, known before the forward: symbols, scalars of noised patches, questions.
 
-        A whole tree is one question.
+        The router's nats of trees are divided by its questions too; they are none themselves.
         """
         symbols = self.text.token_P.numel() or int(self.text.scored_U.sum())
-        asked = self.route.slot_R.numel() + sum(trees.slot_J.numel() for trees in self.trees.values())
-        counts = {"text": float(symbols), "router": float(asked)}
+        counts = {"text": float(symbols), "router": float(self.route.slot_R.numel())}
         for name, units in self.media.items():
             counts[name] = float(units.noised_row_Q.numel() * units.value_NF.shape[1])
         return counts

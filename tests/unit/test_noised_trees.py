@@ -84,7 +84,7 @@ def test_both_copies_take_the_budget_and_every_scalar_is_still_scored() -> None:
     assert (kinds.count(Kind.NOISED), kinds.count(Kind.CLEAN)) == (7, 7)
     assert document_positions(documents()[0], model=MODEL) == sum(kind != Kind.PAD for kind in kinds)
     assert largest_span(MODEL) == 3 + 2 * 14
-    assert batch.counts()["image"] == 16 * 2 and batch.counts()["router"] == len(batch.route.slot_R) + 1
+    assert batch.counts()["image"] == 16 * 2 and batch.counts()["router"] == len(batch.route.slot_R)
     units, span = batch.media["image"], image(1)
     assert span.noised_tree is not None and units.noised_level_Q.tolist() == span.noised_tree.tolist()
     first = int((batch.grid.kind_BS[0] == Kind.NOISED).nonzero()[0])
