@@ -32,6 +32,25 @@ def tree_arms(host: Host, model: Matformer, config: RunConfig, *, modality: str)
     The same documents, times and noise in all three; `own` tells where detail is, which no sampler knows. Of up to
     eval.media_spans captioned media of each source. On one rank, with the whole model.
     """
+    name, found = config.model.media[modality].loss_name, {}
+    scored = trees_by_document(host, model, config, modality=modality)
+    for arm, by_document in scored.items():
+        losses, sizes = zip(*by_document.values(), strict=True)
+        score, key = ratio(losses, sizes), f"heldout/{modality}/{arm}_tree_{name}"
+        found |= {key: score.value} | ({f"{key}_stderr": score.stderr} if math.isfinite(score.stderr) else {})
+    if scored:
+        documents = _documents(config, modality)
+        found[f"heldout/{modality}/tree_nats"] = _nats(model, documents, modality=modality, config=config)
+    return found
+
+
+def trees_by_document(
+    host: Host, model: Matformer, config: RunConfig, *, modality: str
+) -> dict[str, dict[str, tuple[float, float]]]:
+    """Of each arm, as `media_by_document` has it: each document's squared errors and scalars, means over noise levels.
+
+    Nothing where no captioned medium is held out.
+    """
     documents = _documents(config, modality)
     if not documents:
         return {}
@@ -40,18 +59,16 @@ def tree_arms(host: Host, model: Matformer, config: RunConfig, *, modality: str)
         "predicted": list(_predicted(model, documents, modality=modality, config=config)),
         "shuffled": _shuffled(documents),
     }
-    name = config.model.media[modality].loss_name
-    found: dict[str, float] = {}
+    found: dict[str, dict[str, tuple[float, float]]] = {}
     for arm, trees in arms.items():
         standing = [_in_tree(one, tree) for one, tree in zip(documents, trees, strict=True)]
         plain = list(pack_documents(standing, config=config))
         batches = [with_noise(b, time=t, seed=NOISE_SEED, index=k) for b in plain for k, t in enumerate(TIMES, start=1)]
         table = gather_documents(batches, num_rows=config.train.micro_batch)
-        sums = document_sums(host, [table])[0][modality]
-        score = ratio(sums, table.count(lambda batch: velocity_scalars(batch, modality)))
-        key = f"heldout/{modality}/{arm}_tree_{name}"
-        found |= {key: score.value} | ({f"{key}_stderr": score.stderr} if math.isfinite(score.stderr) else {})
-    return found | {f"heldout/{modality}/tree_nats": _nats(model, documents, modality=modality, config=config)}
+        errors = document_sums(host, [table])[0][modality] / len(TIMES)
+        sizes = table.count(lambda batch: velocity_scalars(batch, modality)) / len(TIMES)
+        found[arm] = dict(zip(table.keys, zip(errors.tolist(), sizes.tolist(), strict=True), strict=True))
+    return found
 
 
 def _documents(config: RunConfig, modality: str) -> list[Document]:
