@@ -81,7 +81,7 @@ def _run(config: RunConfig, *, rank: int) -> int:
     try:
         if config.parallel.ranks == 1 and folder is not None and folder.state is State.FINISHED:
             return _finished_already(folder)
-        settle(config.parallel.threads, processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        settle(config.parallel.threads)
         host = build_host(config)
         state = agreed(folder.state if folder else None, host.groups)
         if state is State.FINISHED:

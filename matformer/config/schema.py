@@ -301,7 +301,7 @@ class ParallelConfig(Section):
     zero_stage: Literal[1, 2, 3] = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
     host: Literal["megatron", "plain"] = Field(default="megatron", description="plain: one rank, torch alone")
-    threads: Natural = Field(default=0, description="CPU threads a rank; 0 shares the cores out")
+    threads: Natural = Field(default=0, description="CPU threads a rank; 0: OMP_NUM_THREADS, else a share of the cores")
     timeout_seconds: Positive = Field(default=600, description="limit of one collective")
 
     @property

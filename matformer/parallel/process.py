@@ -13,11 +13,16 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 NEVER = 2**31 - 1
 
 
-def settle(threads: int = 0, *, processes: int = 1) -> None:
-    """Take `threads`, or (0) this process's share of the cores it may use; without a GPU also keep freed memory."""
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // processes))
+def settle(threads: int = 0) -> None:
+    """Take `threads`, or (0) OMP_NUM_THREADS, or all cores it may use; without a GPU also keep freed memory."""
+    torch.set_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS", "0")) or share_of_cores(1))
     if not torch.cuda.is_available():
         keep_freed_memory()
+
+
+def share_of_cores(processes: int) -> int:
+    """Cores for each of so many processes of this machine, at least one."""
+    return max(1, len(os.sched_getaffinity(0)) // processes)
 
 
 def keep_freed_memory() -> None:

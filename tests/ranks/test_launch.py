@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+
+from matformer import launch
+from matformer.parallel.process import settle
 
 # Ranks that do what a run does at its end, without its imports.
 RANKS = """
@@ -68,3 +73,27 @@ def test_the_exit_code_is_the_ranks_own(tmp_path: Path, ending: str, code: int, 
 
 def test_a_signal_ends_all_ranks_without_a_traceback(tmp_path: Path) -> None:
     assert launched(tmp_path, "waits", number=signal.SIGINT) == (130, "")
+
+
+def test_ranks_share_the_cores_unless_the_user_says_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(launch, "torchrun", lambda arguments: seen.append(os.environ["OMP_NUM_THREADS"]))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    launch.main(["--nproc-per-node=2", "script.py"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    launch.main(["--nproc-per-node=2", "script.py"])
+    assert seen == ["4", "3"]
+
+
+def test_threads_are_the_configs_or_openmps_or_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    settle(5)
+    settle()
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    settle()
+    assert taken == [5, 3, 8]
