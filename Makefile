@@ -5,6 +5,7 @@
 # make ablation-text   ways to hand text to the model, against each other: docs/results/text_frontends.md (some CPU hours)
 # make ablation-time   objectives of media and ways to tell t, against each other: docs/results/time_conditioning.md (some CPU hours)
 # make ablation-interference   does text help or hurt pictures and sounds in one trunk: docs/results/interference.md (an hour)
+# make ablation-budget   pictures in fewer latents, against as many as they have patches: docs/results/budgeted_patches.md (40 CPU minutes)
 # make env     sets up alone: one virtual environment, .venv
 # make clean   removes the environment and caches; runs/, data/ and cache/ stay
 
@@ -18,7 +19,7 @@ STAMP := .venv/.installed
 LOCK := $(shell command -v flock >/dev/null 2>&1 && echo flock .env.lock)
 FITS := import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
-.PHONY: env demo test test-slow oracle check ablation-text ablation-time ablation-interference clean
+.PHONY: env demo test test-slow oracle check ablation-text ablation-time ablation-interference ablation-budget clean
 
 env:
 	@$(LOCK) $(MAKE) --silent --no-print-directory $(STAMP)
@@ -69,6 +70,11 @@ ablation-time: env
 ablation-interference: env
 	bash slurm/prepare.sh configs/ablation/interference/joint.yaml
 	$(BIN)/python tools/ablate/interference.py --seeds 0,1,2 --steps 160
+
+# Eleven arms, three seeds. Goes on where it stood likewise, a run at a time.
+ablation-budget: env
+	bash slurm/prepare.sh configs/ablation/budget/full.yaml
+	$(BIN)/python tools/ablate/budgeted_patches.py --seeds 0,1,2
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache *.egg-info

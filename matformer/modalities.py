@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from matformer.coda.latent import LatentCoda
 from matformer.coda.text import TextCoda
 from matformer.coda.token import TokenCoda
@@ -11,8 +9,10 @@ from matformer.config.schema import MediaConfig, ModelConfig, TextConfig
 from matformer.layers.cells import CellShape
 from matformer.layers.ngrams import NgramSettings
 from matformer.preludio.latent import LatentPreludio
+from matformer.preludio.leaves import LeafMerge
 from matformer.preludio.text import TextPreludio
 from matformer.preludio.token import TokenPreludio
+from matformer.router.tree import TreeHead
 
 MAX_PATCH = 256  # rows of the place-in-patch table; data.patcher.max_patch_bytes may not exceed it
 
@@ -21,11 +21,6 @@ def patch_variance(media: MediaConfig) -> list[float]:
     """Variance of each scalar of a patch, in the order of `patchify`: 1 unless the config knows better."""
     known = media.channel_variance if media.precondition == "channel" else None
     return [value for value in known or (1.0,) * media.channels for _ in range(media.patch**media.rank)]
-
-
-def patches_of_bucket(media: MediaConfig, bucket: int) -> int:
-    """N of one span in this shape bucket."""
-    return math.prod(cells // media.patch for cells in media.buckets[bucket])
 
 
 def places_of_axes(media: MediaConfig) -> tuple[int, int, int]:
@@ -99,8 +94,15 @@ def build_preludi(model: ModelConfig) -> dict[str, TextPreludio | TokenPreludio 
             causal=media.causal,
             cells=_cells(media),
             unet_width=media.unet_width,
+            merge=_leaf_merge(media, atto_width=model.atto.width),
         )
     return preludi
+
+
+def _leaf_merge(media: MediaConfig, *, atto_width: int) -> LeafMerge | None:
+    if media.budget is None:
+        return None
+    return LeafMerge(media.patch_scalars, atto_width=atto_width, rank=media.rank, levels=media.budget.levels)
 
 
 def build_code(model: ModelConfig) -> dict[str, TextCoda | TokenCoda | LatentCoda]:
@@ -123,3 +125,12 @@ def build_code(model: ModelConfig) -> dict[str, TextCoda | TokenCoda | LatentCod
             time_conditioning=media.time_conditioning,
         )
     return code
+
+
+def build_tree_heads(model: ModelConfig) -> dict[str, TreeHead]:
+    """Of each modality whose noised copies stand in trees."""
+    return {
+        name: TreeHead(model.atto.width, places=places_of_axes(media), levels=media.budget.levels)
+        for name, media in model.media.items()
+        if media.budget is not None and media.noises_trees
+    }

@@ -15,9 +15,9 @@ from matformer.layers.modulation import position_times
 from matformer.layers.segments import segment_sum
 from matformer.layers.time_conditioning import modulated_media
 from matformer.losses.flow import squared_error
-from matformer.losses.route import bucket_nats, kind_nats
+from matformer.losses.route import bucket_nats, kind_nats, split_nats
 from matformer.losses.text import end_nats, symbol_nats
-from matformer.modalities import build_code, build_preludi
+from matformer.modalities import build_code, build_preludi, build_tree_heads
 from matformer.parcels import Batch, Kind, TextUnits
 from matformer.preludio.text import TextPreludio
 from matformer.router.probe import Router, chosen_bucket
@@ -49,7 +49,7 @@ class Matformer(nn.Module):
         self.atto = trunk
         if is_last:
             buckets = {name: len(media.buckets) for name, media in config.media.items()}
-            self.router = Router(config.atto.width, num_buckets=buckets)
+            self.router = Router(config.atto.width, num_buckets=buckets, trees=build_tree_heads(config))
             self.code = nn.ModuleDict(build_code(config))
 
     def set_input_tensor(self, tensor: Tensor | list[Tensor] | None) -> None:
@@ -157,7 +157,12 @@ class Matformer(nn.Module):
             "span_ends": ends,
             "span_ends_right": right * ends,
         }
-        return {
+        sums = {
             name: segment_sum(terms, asked.document_R, num_segments=batch.num_documents)
             for name, terms in by_document.items()
         }
+        for name, trees in batch.trees.items():
+            nats = split_nats(self.router.tree_head[name](latent_LH, trees), trees.split_K)
+            document = trees.document_J[trees.tree_K]
+            sums["router"] = sums["router"] + segment_sum(nats, document, num_segments=batch.num_documents)
+        return sums

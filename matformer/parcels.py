@@ -90,6 +90,7 @@ class MediaUnits:
     the modality lacks).
     noised_row: row in N of every noised patch; noised_slot: flat position b * S + s of the latent that decodes it;
     noise: its epsilon; time_of: which of the times T is its own (1 is noise). clean_*: row and slot of clean copies.
+    noised_level / clean_level: level of the patch's leaf under a budget: 2^(rank * level) patches share a slot; else 0.
     T are the spans J (a span that is only given has t = 0), and a noised patch stands at its slot.
     Under `next_latent` no noised patch stands in the sequence: its slot is the position before its clean one, every
     patch of a generated span is noised several times, and T are the noised patches.
@@ -108,14 +109,33 @@ class MediaUnits:
     document_J: Int[Tensor, " J"]
     noised_row_Q: Int[Tensor, " Qn"]
     noised_slot_Q: Int[Tensor, " Qn"]
+    noised_level_Q: Int[Tensor, " Qn"]
     noise_QF: Float[Tensor, "Qn F"]
     time_of_Q: Int[Tensor, " Qn"]
     time_T: Float[Tensor, " T"]
     weight_T: Float[Tensor, " T"]
     clean_row_Q: Int[Tensor, " Qc"]
     clean_slot_Q: Int[Tensor, " Qc"]
+    clean_level_Q: Int[Tensor, " Qc"]
     time_span_Q: Int[Tensor, " Qt"]
     time_slot_Q: Int[Tensor, " Qt"]
+
+
+@dataclass(frozen=True, slots=True)
+class TreeUnits:
+    """The trees that noised copies of one modality stand in, as questions to their headers: is this block split?
+
+    A block is 2^level patches a side; those inside a leaf are not asked. Empty where noised copies have every patch.
+    slot: flat position of each tree's header; document: whose it is. tree: which tree a block is of; place: t, y, x of
+    its first patch.
+    """
+
+    slot_J: Int[Tensor, " J"]
+    document_J: Int[Tensor, " J"]
+    tree_K: Int[Tensor, " K"]
+    level_K: Int[Tensor, " K"]
+    place_KX: Int[Tensor, "K 3"]
+    split_K: Bool[Tensor, " K"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +194,7 @@ class Batch:
     text: what the Coda decodes. read: what the Preludio reads: the same under `ar`, under a diffusion objective the
     noised copies as they are seen, and after them the clean ones.
     num_bytes: raw bytes that the text symbols stand for (`<end>` is none): the divisor of bits per byte.
+    trees: of modalities whose noised copies stand in trees.
     num_documents: E, documents numbered over the microbatch; document_keys names them for reports ("source/key").
     exchange: set where text, read, media and route are one rank's share of the microbatch; then times: those that the
     Atto's layers are told, of all of it.
@@ -183,6 +204,7 @@ class Batch:
     text: TextUnits
     read: TextUnits
     media: Mapping[str, MediaUnits]
+    trees: Mapping[str, TreeUnits]
     route: RouterUnits
     num_bytes: int
     num_documents: int
@@ -201,13 +223,17 @@ class Batch:
             text=text,
             read=text if self.read is self.text else _moved(self.read, device),
             media={name: _moved(units, device) for name, units in self.media.items()},
+            trees={name: _moved(units, device) for name, units in self.trees.items()},
             route=_moved(self.route, device),
             exchange=self.exchange and _moved(self.exchange, device),
             times=self.times and _moved(self.times, device),
         )
 
     def counts(self) -> dict[str, float]:
-        """Terms that each loss sums here, known before the forward: symbols, scalars of noised patches, questions."""
+        """Terms that each loss sums here, known before the forward: symbols, scalars of noised patches, questions.
+
+        The router's nats of trees are divided by its questions too; they are none themselves.
+        """
         symbols = self.text.token_P.numel() or int(self.text.scored_U.sum())
         counts = {"text": float(symbols), "router": float(self.route.slot_R.numel())}
         for name, units in self.media.items():

@@ -11,6 +11,7 @@ Q  rows that enter a media Preludio   R  router questions of a microbatch
 M  modalities (text first)            V  byte vocabulary: 256 bytes, <end>, <mask>, <begin>
 W  window of local attention          E  documents of a microbatch
 T  pieces of a vocabulary, and <end>; or the different times of a microbatch
+K  blocks of trees that are asked whether they split (elsewhere: size of a head)
 """
 
 NUM_AXES = 4

@@ -7,6 +7,7 @@ import math
 import re
 from pathlib import PurePath
 
+from matformer.config.budget import budgeted_splits, root_counts
 from matformer.config.schema import MediaConfig, NextLatentConfig, RunConfig
 from matformer.errors import ConfigError
 
@@ -207,6 +208,12 @@ def check_next_latent(config: RunConfig) -> None:
             f"see later ones), got {media.coda} and {media.unet_width}; change model.media.{name}.coda, "
             f"model.media.{name}.unet_width or model.media.{name}.objective",
         )
+        _must(
+            not media.causal or media.budget is None,
+            f"model.media.{name}.budget must be null for objective next_latent (each patch is predicted from the one "
+            f"before it, so each is a latent), got a budget; change model.media.{name}.budget or "
+            f"model.media.{name}.objective",
+        )
         if not media.causal and media.next_latent != NextLatentConfig():
             log.warning(
                 "model.media.%s.next_latent has no effect under objective %s; set model.media.%s.objective",
@@ -216,14 +223,37 @@ def check_next_latent(config: RunConfig) -> None:
             )
 
 
+def check_budget(config: RunConfig) -> None:
+    """What no block of patches fills is within the budget."""
+    for name, media in config.model.media.items():
+        if media.budget is None:
+            continue
+        share, levels = media.budget.share, media.budget.levels
+        others = [one for one, source in config.data.sources.items() if source.form == "documents"]
+        _must(
+            media.budget.noised_tree != "shuffled" or not others,
+            f"model.media.{name}.budget.noised_tree shuffled must have sources of form pairs alone, got "
+            f"{', '.join(others)} of form documents; change model.media.{name}.budget.noised_tree or data.sources",
+        )
+        for bucket in range(len(media.buckets)):
+            grid, key = media.grid(bucket), f"model.media.{name}.budget"
+            fewest = sum(root_counts(grid, levels=levels))
+            _must(
+                budgeted_splits(grid, share=share, levels=levels) >= 0,
+                f"{key}.share must leave the fewest latents that {key}.levels {levels} can make of {list(grid)} "
+                f"patches, {fewest} of {math.prod(grid)}, got {share}; change {key}.share or {key}.levels",
+            )
+
+
 def check_sequence(config: RunConfig) -> None:
     """A media span is never cut: start, header, both copies and closing of the largest fit in a sequence."""
     for name, media in config.model.media.items():
-        largest = max(media.buckets, key=math.prod)
-        patches, token = math.prod(cells // media.patch for cells in largest), media.time_conditioning == "token"
-        copies = config.model.most_copies(media)
-        needed = copies * patches + 3 + token
-        what = ("two copies" if copies == 2 else "one copy") + f" of {patches} patches"
+        largest = max(range(len(media.buckets)), key=media.noised_latents)
+        noised, clean = media.noised_latents(largest), media.clean_latents(largest)
+        token, copies = media.time_conditioning == "token", config.model.most_copies(media)
+        needed = noised + (copies == 2) * clean + 3 + token
+        what = ("two copies" if copies == 2 else "one copy") + f" of {noised} patches"
+        what += f", the clean one of {clean} latents" if copies == 2 and clean != noised else ""
         _must(
             needed <= config.data.sequence_latents,
             f"data.sequence_latents must hold the largest {name} span, which takes {needed} latents (start, header, "
@@ -410,6 +440,7 @@ RULES = (
     check_loss_weighting,
     check_coda_heads,
     check_next_latent,
+    check_budget,
     check_sequence,
     check_sources,
     check_degrees,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from matformer.config.budget import budgeted_leaves
 
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
@@ -99,6 +102,18 @@ class NextLatentConfig(Section):
     noises: Positive = Field(default=4, description="K, noises of each patch of a generated span, each with its own t")
 
 
+class BudgetConfig(Section):
+    """Fewer latents for a span: where the clean latent varies little, a block of patches becomes one (quad-tree)."""
+
+    share: float = Field(gt=0.0, le=1.0, description="most latents of a copy, as a share of its patches")
+    levels: Positive = Field(default=2, description="a latent stands for at most 2^levels patches a side")
+    noised_tree: Literal["none", "own", "shuffled"] = Field(
+        default="none",
+        description="noised copies have every patch; or stand in the tree of their clean latent, which tells where "
+        "detail is and is predicted from the header in sampling; shuffled (a control): in another medium's tree",
+    )
+
+
 class MediaConfig(Section):
     """A latent modality: any grid of VAE latents."""
 
@@ -146,6 +161,28 @@ class MediaConfig(Section):
         "noised span, AdaLN in Preludio and Coda, or AdaLN in the Atto's layers at this modality's patches; under "
         "objective next_latent the Coda alone is told",
     )
+    budget: BudgetConfig | None = Field(
+        default=None, description="of clean copies: given spans, and what follows a generated one; none: every patch"
+    )
+
+    def grid(self, bucket: int) -> tuple[int, ...]:
+        """Patches along each axis of a shape bucket."""
+        return tuple(cells // self.patch for cells in self.buckets[bucket])
+
+    @property
+    def noises_trees(self) -> bool:
+        """Whether noised copies stand in trees, so that a tree is predicted before a span is sampled."""
+        return self.budget is not None and self.budget.noised_tree != "none"
+
+    def noised_latents(self, bucket: int) -> int:
+        """Most latents of a span's noised copy."""
+        return self.clean_latents(bucket) if self.noises_trees else math.prod(self.grid(bucket))
+
+    def clean_latents(self, bucket: int) -> int:
+        """Most latents of a span's clean copy."""
+        if self.budget is None:
+            return math.prod(self.grid(bucket))
+        return budgeted_leaves(self.grid(bucket), share=self.budget.share, levels=self.budget.levels)
 
     @property
     def causal(self) -> bool:

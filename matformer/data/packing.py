@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from matformer.config.schema import MediaConfig, ModelConfig, TimeSampler
+from matformer.data.copies import Copies, Tree, leaf_places, num_latents, patch_places, tree_units
 from matformer.data.sources import Document, MediaSpan, TextSpan
 from matformer.data.text_layout import Block, blocks_of, patches_that_fit, text_positions
 from matformer.data.text_rows import Mask, PaddedText, TextRows, joined, mask_at, symbols_of
@@ -58,27 +57,12 @@ DrawMask = Callable[[str, int, int], Mask]  # (document key, span of the sequenc
 DrawNoise = Callable[[str, int, tuple[int, ...]], Noise]
 
 
-def num_patches(span: MediaSpan, *, model: ModelConfig) -> int:
-    """N of a media span."""
-    patch = model.media[span.modality].patch
-    return math.prod(size // patch for size in span.latent.shape[1:])
-
-
 def has_clean_copy(document: Document, span: int, *, model: ModelConfig) -> bool:
     """Whether media span number `span` stands clean in the sequence: given, or what follows is to see it clean."""
     media = document.spans[span]
     assert isinstance(media, MediaSpan)
     followed = span + 1 < len(document.spans)
     return media.role == "given" or (followed and model.media_context == "clean_copy")
-
-
-def num_copies(document: Document, span: int, *, model: ModelConfig) -> int:
-    """How often the patches of media span number `span` stand in the sequence; once under `next_latent`."""
-    media = document.spans[span]
-    assert isinstance(media, MediaSpan)
-    if model.media[media.modality].causal:
-        return 1
-    return (media.role == "generate") + has_clean_copy(document, span, model=model)
 
 
 def time_positions(media: MediaConfig) -> int:
@@ -92,8 +76,12 @@ def span_positions(document: Document, span: int, *, model: ModelConfig, first: 
     if isinstance(part, TextSpan):
         patches, followed = len(part.patch_lengths) - first, span + 1 < len(document.spans)
         return text_positions(patches, model.text, given=max(0, part.given - first), followed=followed)
-    told = time_positions(model.media[part.modality]) if part.role == "generate" else 0
-    return 2 + num_copies(document, span, model=model) * num_patches(part, model=model) + told
+    media, taken = model.media[part.modality], 2
+    if part.role == "generate" and not media.causal:
+        taken += time_positions(media) + num_latents(part, part.noised_tree, media=media)
+    if media.causal or has_clean_copy(document, span, model=model):
+        taken += num_latents(part, part.tree, media=media)
+    return taken
 
 
 def document_positions(document: Document, *, model: ModelConfig) -> int:
@@ -104,9 +92,11 @@ def document_positions(document: Document, *, model: ModelConfig) -> int:
 def largest_span(model: ModelConfig) -> int:
     """Positions of the largest media span with all its copies, and a start before it."""
     sizes = [
-        model.most_copies(media) * math.prod(size // media.patch for size in bucket) + time_positions(media)
+        media.noised_latents(bucket)
+        + (model.most_copies(media) - 1) * media.clean_latents(bucket)
+        + time_positions(media)
         for media in model.media.values()
-        for bucket in media.buckets
+        for bucket in range(len(media.buckets))
     ]
     return 3 + max(sizes, default=0)
 
@@ -263,11 +253,9 @@ class _Media:
     headers: list[int] = field(default_factory=list)
     closings: list[int] = field(default_factory=list)
     documents: list[int] = field(default_factory=list)
-    noised: list[tuple[int, int]] = field(default_factory=list)  # (first row, first slot that decodes) of each copy
-    clean: list[tuple[int, int]] = field(default_factory=list)
+    noised: Copies = field(default_factory=Copies)  # its slots: of the latents that decode them
+    clean: Copies = field(default_factory=Copies)
     time_slots: list[tuple[int, int]] = field(default_factory=list)  # (span, slot) of each position of `token`
-    noised_sizes: list[int] = field(default_factory=list)
-    clean_sizes: list[int] = field(default_factory=list)
     rows: int = 0
 
 
@@ -298,6 +286,7 @@ class _Builder:
         self.axes = np.zeros((*shape, NUM_AXES), np.int64)
         self.text, self.clean_text = TextRows(), TextRows()
         self.media = {name: _Media() for name in model.media}
+        self.trees: dict[str, list[Tree]] = {name: [] for name, media in model.media.items() if media.noises_trees}
         self.route = _Route()
         self.keys: dict[str, int] = {}
 
@@ -397,12 +386,12 @@ class _Builder:
         config, units = self.model.media[part.modality], self.media[part.modality]
         value = patchify(torch.from_numpy(part.latent), rank=config.rank, patch=config.patch)
         rows = len(value)
-        places = patch_places(part.latent.shape[1:], patch=config.patch)
+        places = patch_places(config.grid(part.bucket))
         begin = self.at
         header = self._take(1, Kind.HEADER)
         self.axes[self.row, header, 0] = self._tick(1)
         if config.causal:
-            self._causal_patches(piece, span, places, header=self._slot(header.start))
+            self._causal_patches(piece, span, places)
         else:
             self._copies(piece, span, places, begin=begin)
         closing = self._take(1, Kind.CLOSING)
@@ -434,20 +423,30 @@ class _Builder:
             if time_positions(config):
                 told = self._copy(np.zeros((1, NUM_AXES - 1), np.int64), shared, kind=Kind.NOISED)
                 units.time_slots.append((len(units.times), self._slot(told.start)))
-            copy = self._copy(places, shared, kind=Kind.NOISED)
+            slots = self._latents(part, places, shared, kind=Kind.NOISED, tree=part.noised_tree)
             self.blind[self.row, begin : self.at] = noise.blind
-            units.noised.append((units.rows, self._slot(copy.start)))
-            units.noised_sizes.append(rows)
+            units.noised.add(slots, first_row=units.rows, tree=part.noised_tree)
             units.noises.append(noise.epsilon)
             units.time_of.append(np.full(rows, len(units.times)))
+            if part.noised_tree is not None:
+                tree = Tree(self._slot(begin), self.number, part.noised_tree, part.bucket)
+                self.trees[part.modality].append(tree)
         units.times.append(time)
         if has_clean_copy(piece.document, span, model=self.model):
-            copy = self._copy(places, shared, kind=Kind.CLEAN)
-            units.clean.append((units.rows, self._slot(copy.start)))
-            units.clean_sizes.append(rows)
+            slots = self._latents(part, places, shared, kind=Kind.CLEAN, tree=part.tree)
+            units.clean.add(slots, first_row=units.rows, tree=part.tree)
 
-    def _causal_patches(self, piece: Piece, span: int, places: np.ndarray, *, header: int) -> None:
-        """The patches of a span once, clean and causal, behind their header at slot `header`.
+    def _latents(
+        self, part: MediaSpan, places: np.ndarray, clock: np.ndarray, *, kind: Kind, tree: np.ndarray | None
+    ) -> np.ndarray:
+        """Lays down a copy, a latent a patch or a leaf of `tree`; the slot of each patch's latent."""
+        if tree is None:
+            return self._slots(self._copy(places, clock, kind=kind))
+        leaf, middles = leaf_places(tree, self.model.media[part.modality].grid(part.bucket))
+        return self._slot(self._copy(middles, clock, kind=kind).start) + leaf
+
+    def _causal_patches(self, piece: Piece, span: int, places: np.ndarray) -> None:
+        """The patches of a span once, clean and causal, behind their header.
 
         Each of a generated span is decoded from the position before it, once for every noise that is drawn for it.
         """
@@ -457,16 +456,15 @@ class _Builder:
         where = self._take(rows, Kind.CLEAN)
         self.axes[self.row, where, 0] = self._tick(1)
         self.axes[self.row, where, 1:] = places
-        units.clean.append((units.rows, header + 1))
-        units.clean_sizes.append(rows)
+        slots = self._slots(where)
+        units.clean.add(slots, first_row=units.rows)
         if part.role == "given":
             return
         shape = (config.next_latent.noises, rows, config.patch_scalars)
         noise = self.draw(piece.document.key, self.spans, shape)
         self.blind[self.row, where.start - 1 : where.stop] = noise.blind
         for time_N, epsilon_NF in zip(np.asarray(noise.time), noise.epsilon, strict=True):
-            units.noised.append((units.rows, header))
-            units.noised_sizes.append(rows)
+            units.noised.add(slots - 1, first_row=units.rows)
             units.noises.append(epsilon_NF)
             units.time_of.append(np.arange(len(units.times), len(units.times) + rows))
             units.times.extend(_on_path(time, config) for time in time_N.tolist())
@@ -553,6 +551,7 @@ class _Builder:
             text=text,
             read=self.text.and_clean(self.clean_text) if self.model.diffuses_text else text,
             media={name: self._media_parcel(name) for name in self.model.media},
+            trees={name: tree_units(found, media=self.model.media[name]) for name, found in self.trees.items()},
             route=self._route_parcel(),
             num_bytes=self.text.num_bytes,
             num_documents=len(self.keys),
@@ -563,8 +562,6 @@ class _Builder:
         units, config = self.media[name], self.model.media[name]
         features = config.patch_scalars
         noises = [torch.from_numpy(noise) for noise in units.noises]
-        noised_row, noised_slot = _runs(units.noised, units.noised_sizes)
-        clean_row, clean_slot = _runs(units.clean, units.clean_sizes)
         times = torch.tensor(units.times, dtype=torch.float32)
         told = torch.tensor(units.time_slots, dtype=torch.int64).view(-1, 2)
         weights = loss_weights(
@@ -578,14 +575,16 @@ class _Builder:
             header_slot_J=torch.tensor(units.headers, dtype=torch.int64),
             closing_slot_J=torch.tensor(units.closings, dtype=torch.int64),
             document_J=torch.tensor(units.documents, dtype=torch.int64),
-            noised_row_Q=noised_row,
-            noised_slot_Q=noised_slot,
+            noised_row_Q=joined(units.noised.rows),
+            noised_slot_Q=joined(units.noised.slots),
+            noised_level_Q=joined(units.noised.levels),
             noise_QF=torch.cat(noises) if noises else torch.zeros(0, features),
             time_of_Q=joined(units.time_of),
             time_T=times,
             weight_T=weights,
-            clean_row_Q=clean_row,
-            clean_slot_Q=clean_slot,
+            clean_row_Q=joined(units.clean.rows),
+            clean_slot_Q=joined(units.clean.slots),
+            clean_level_Q=joined(units.clean.levels),
             time_span_Q=told[:, 0],
             time_slot_Q=told[:, 1],
         )
@@ -606,22 +605,6 @@ class _Builder:
         )
 
 
-def patch_places(grid: Sequence[int], *, patch: int) -> Int[np.ndarray, "N 3"]:
-    """t, y, x of each patch in raster order: audio lies on t, images on y and x, video on all three."""
-    patches = [size // patch for size in grid]
-    places = np.zeros((math.prod(patches), 3), np.int64)
-    first = 1 if len(patches) == 2 else 0
-    places[:, first : first + len(patches)] = np.indices(patches).reshape(len(patches), -1).T
-    return places
-
-
 def _on_path(time: float, media: MediaConfig) -> float:
     """A drawn t as the path has it: on an index under DDPM. 0 stays: it is clean."""
     return time if media.prediction == "flow" or time == 0 else on_index(time)
-
-
-def _runs(firsts: list[tuple[int, int]], sizes: list[int]) -> tuple[Tensor, Tensor]:
-    """Rows and slots of copies, from the first of each."""
-    rows = [np.arange(row, row + size) for (row, _), size in zip(firsts, sizes, strict=True)]
-    slots = [np.arange(slot, slot + size) for (_, slot), size in zip(firsts, sizes, strict=True)]
-    return joined(rows), joined(slots)

@@ -7,11 +7,12 @@ import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from matformer.config.schema import DataConfig, MediaConfig, ModelConfig, SourceConfig
 from matformer.data.coders import check_accepted, coders_of
@@ -19,6 +20,8 @@ from matformer.data.holdings import latents_of
 from matformer.data.patching import Patcher, build_patcher, text_symbols
 from matformer.data.shards import ShardReader
 from matformer.errors import DataError
+from matformer.layers.patchify import patchify
+from matformer.layers.quad_tree import budgeted_levels
 from matformer.parallel.seeds import Permutation, generator
 
 Role = Literal["generate", "given"]
@@ -43,12 +46,18 @@ class TextSpan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MediaSpan:
-    """One normalised latent [C, *grid] (float32), its shape bucket's index, and whether it is generated or given."""
+    """One normalised latent [C, *grid] (float32), its shape bucket's index, and whether it is generated or given.
+
+    tree: under a budget, the level of each patch's leaf in the clean copy (`layers/quad_tree.py`); None: no budget.
+    noised_tree: the same of the noised copy; None: it has every patch.
+    """
 
     modality: str
     latent: np.ndarray
     bucket: int
     role: Role
+    tree: np.ndarray | None = None
+    noised_tree: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,7 +81,9 @@ def cut_span(data: bytes, lengths: np.ndarray, patcher: Patcher, *, ended: bool 
 def media_span(
     latent: np.ndarray, modality: str, *, media: MediaConfig, role: Role, where: str | None = None
 ) -> MediaSpan:
-    """A media span of a normalised latent [C, *grid]; `where` says in errors what it was read from.
+    """A media span of a normalised latent [C, *grid], with the tree that the modality's budget gives it.
+
+    `where` says in errors what it was read from.
 
     Raises DataError if its channels or grid are not the model's, or it holds what is not finite.
     """
@@ -85,7 +96,18 @@ def media_span(
         )
     if not np.isfinite(latent).all():
         raise DataError(f"a latent of {modality} must be finite, got nan or infinity{place}; prepare the data again")
-    return MediaSpan(modality, np.ascontiguousarray(latent, np.float32), media.buckets.index(tuple(grid)), role)
+    latent, bucket = np.ascontiguousarray(latent, np.float32), media.buckets.index(tuple(grid))
+    tree = tree_of(latent, media=media)
+    return MediaSpan(modality, latent, bucket, role, tree, tree if media.noises_trees else None)
+
+
+def tree_of(latent: np.ndarray, *, media: MediaConfig) -> np.ndarray | None:
+    """The tree that the budget gives a normalised latent [C, *grid]; None without a budget."""
+    if media.budget is None:
+        return None
+    patches = patchify(torch.from_numpy(latent), rank=media.rank, patch=media.patch).numpy()
+    grid = [size // media.patch for size in latent.shape[1:]]
+    return budgeted_levels(patches, grid=grid, share=media.budget.share, levels=media.budget.levels)
 
 
 def merge_spans(spans: Sequence[bytes | MediaSpan], patcher: Patcher) -> tuple[TextSpan | MediaSpan, ...]:
@@ -253,9 +275,28 @@ class PairSource(MediaSource):
             if not spans[0]:
                 raise DataError(f"a document must hold text, got none in {self._key(index)}; prepare the data again")
         if self.config.shows != "caption":
-            modality = self.config.modality or facts["modality"]
-            spans.append(self._span(index, "moments.npy", modality=modality, role=role))
+            spans.append(self._medium(index, modality=self.config.modality or facts["modality"], role=role))
         return Document(self._key(index), merge_spans(spans if role == "generate" else spans[::-1], self.patcher))
+
+    def _medium(self, index: int, *, modality: str, role: Role) -> MediaSpan:
+        """A pair's medium; under `noised_tree: shuffled` its noised copy is in another's tree."""
+        span = self._span(index, "moments.npy", modality=modality, role=role)
+        budget = self.model.media[modality].budget
+        if role == "generate" and budget is not None and budget.noised_tree == "shuffled":
+            return replace(span, noised_tree=self._other(index, span).tree)
+        return span
+
+    def _other(self, index: int, span: MediaSpan) -> MediaSpan:
+        """Another document's medium of the same shape, from half the data set away (neighbours are variants of one)."""
+        for step in range(len(self)):
+            other = (index + len(self) // 2 + step) % len(self)
+            found = self._span(other, "moments.npy", modality=span.modality, role=span.role)
+            if other != index and found.bucket == span.bucket:
+                return found
+        raise DataError(
+            f"a shape must stand in two documents where trees are shuffled, got one alone in {self._key(index)}; set "
+            f"model.media.{span.modality}.budget.noised_tree"
+        )
 
     def _caption(self, texts: list[dict[str, str]], *, main: float, other: float) -> str:
         mains = [text["text"] for text in texts if text["lang"] == self.config.main_language]

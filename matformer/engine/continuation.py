@@ -18,7 +18,6 @@ from matformer.engine.draws import Draws, Row, Span, dice_of, draw_answer, given
 from matformer.engine.text_writer import write_texts
 from matformer.engine.unmask import fill_texts
 from matformer.errors import ParcelError
-from matformer.modalities import patches_of_bucket
 from matformer.model import Matformer
 from matformer.parcels import RouterUnits
 
@@ -117,7 +116,7 @@ def _fitting(row: Row, *, config: RunConfig) -> dict[str, list[bool]]:
     room = config.data.sequence_latents - used
     media = config.model.media
     fits = {
-        name: [2 + time_positions(one) + patches_of_bucket(one, bucket) <= room for bucket in range(len(one.buckets))]
+        name: [2 + time_positions(one) + one.noised_latents(bucket) <= room for bucket in range(len(one.buckets))]
         for name, one in media.items()
     }
     one_patch = text_positions(1, config.model.text, given=0, followed=False)

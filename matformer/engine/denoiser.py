@@ -12,13 +12,13 @@ from torch import Tensor
 
 from matformer.config.schema import MediaObjective, RunConfig
 from matformer.data.packing import DrawNoise, Noise, Piece, Place, document_positions, draw_zeros, pack_batch
-from matformer.data.sources import Document, MediaSpan
+from matformer.data.sources import Document, MediaSpan, tree_of
 from matformer.engine.dpm_solver import denoise_by_dpm
-from matformer.engine.draws import Draws, Row, Solver, dice_of, given
+from matformer.engine.draws import Draws, Row, Solver, dice_of, empty_span, given
+from matformer.engine.trees import draw_trees
 from matformer.errors import ParcelError
 from matformer.layers.noise_levels import levels, time_of_log_snr
 from matformer.layers.patchify import unpatchify
-from matformer.modalities import patches_of_bucket
 from matformer.model import Matformer
 from matformer.parcels import Batch, MediaUnits
 
@@ -37,10 +37,16 @@ def draw_media(
     Raises ParcelError where it does not fit into the sequence.
     """
     media = config.model.media[modality]
-    empty = [_empty_span(modality, bucket, config=config) for bucket in buckets]
+    trees: Sequence[np.ndarray | None] = [None] * len(rows)
+    if media.noises_trees:
+        trees = draw_trees(model, rows, modality=modality, buckets=buckets, config=config, draws=draws)
+    empty = [
+        replace(empty_span(modality, bucket, media=media), noised_tree=tree)
+        for bucket, tree in zip(buckets, trees, strict=True)
+    ]
     documents = [Document(f"row {row.number}", (*given(row.spans), one)) for row, one in zip(rows, empty, strict=True)]
     batch = denoising_batch(documents, config=config, guided=draws.guidance != 1)
-    sizes = [patches_of_bucket(media, bucket) for bucket in buckets]
+    sizes = [math.prod(media.grid(bucket)) for bucket in buckets]
     noise = [
         dice_of(draws, row, modality).standard_normal((size, media.patch_scalars), dtype=np.float32)
         for row, size in zip(rows, sizes, strict=True)
@@ -55,7 +61,10 @@ def draw_media(
         unpatchify(x_NF, grid=media.buckets[bucket], patch=media.patch).numpy()
         for x_NF, bucket in zip(x_QF.split(sizes), buckets, strict=True)
     ]
-    return [replace(one, latent=latent) for one, latent in zip(empty, latents, strict=True)]
+    return [
+        replace(one, latent=latent, tree=tree_of(latent, media=media))
+        for one, latent in zip(empty, latents, strict=True)
+    ]
 
 
 def denoise(
@@ -200,9 +209,3 @@ def _no_noise(*, blind: bool) -> DrawNoise:
         return draw_zeros(key, span, shape)._replace(blind=blind)
 
     return draw
-
-
-def _empty_span(modality: str, bucket: int, *, config: RunConfig) -> MediaSpan:
-    media = config.model.media[modality]
-    shape = (media.channels, *media.buckets[bucket])
-    return MediaSpan(modality, np.zeros(shape, np.float32), bucket, "generate")

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
+from matformer.config.schema import MediaConfig
 from matformer.data.sources import MediaSpan, TextSpan
 from matformer.parallel.seeds import generator
 
@@ -76,3 +77,8 @@ def given(spans: Sequence[Span]) -> tuple[Span, ...]:
 def dice_of(draws: Draws, row: Row, use: str) -> np.random.Generator:
     """The row's own random stream for its next span."""
     return generator(draws.seed, "sample", use, row.number, len(row.spans))
+
+
+def empty_span(modality: str, bucket: int, *, media: MediaConfig) -> MediaSpan:
+    """What is to be generated: a shape without content."""
+    return MediaSpan(modality, np.zeros((media.channels, *media.buckets[bucket]), np.float32), bucket, "generate")

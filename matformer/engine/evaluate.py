@@ -29,6 +29,7 @@ from matformer.engine.draws import Draws
 from matformer.engine.paired import caption_gain
 from matformer.engine.restore import load_for_inference
 from matformer.engine.sample_quality import DRAWS, judged_samples
+from matformer.engine.tree_arms import tree_arms
 from matformer.files import write_whole
 from matformer.hosts.base import Host
 from matformer.parcels import Batch
@@ -146,6 +147,9 @@ def evaluate_run(
     config = config.model_copy(update={"eval": asked})
     baselines = _baselines(config, asked)
     numbers = evaluate(host, config, full=True, rivals=baselines) | judged_samples(model, config, draws=draws)
+    if config.eval.media_spans:
+        for modality in (name for name, media in config.model.media.items() if media.noises_trees):
+            numbers |= tree_arms(host, model, config, modality=modality)
     if ema:
         numbers = {name.replace("heldout/", "heldout_ema/", 1): value for name, value in numbers.items()}
     evaluation = Evaluation(host.steps, numbers, baselines.numbers)

@@ -18,6 +18,7 @@ import numpy as np
 import soundfile
 import torch
 from PIL import Image
+from torch import Tensor
 
 from matformer.autoencoders import MotionField
 from matformer.autoencoders.motion_field import INTRA
@@ -282,13 +283,19 @@ def _shares_of_sources(batches: Sequence[Batch]) -> dict[str, float]:
         owners = [text.document_U[first]]
         for units in batch.media.values():
             stands = batch.grid.kind_BS.flatten()[units.noised_slot_Q] == Kind.NOISED  # not so under next_latent
-            rows = torch.cat((units.noised_row_Q[stands], units.clean_row_Q))
+            slots = torch.cat((units.noised_slot_Q[stands], units.clean_slot_Q))
+            rows = torch.cat((units.noised_row_Q[stands], units.clean_row_Q))[_first_of_each(slots)]
             owners += [units.document_J[units.span_N[rows]], units.document_J, units.document_J]
         counts = torch.bincount(torch.cat(owners), minlength=batch.num_documents).tolist()
         for key, count in zip(batch.document_keys, counts, strict=True):
             latents[key.split("/", 1)[0]] += count
     total = max(sum(latents.values()), 1)
     return {name: round(count / total, 4) for name, count in latents.most_common()}
+
+
+def _first_of_each(slots: Tensor) -> Tensor:
+    """Where each number stands first: patches that share a latent are one."""
+    return torch.from_numpy(np.unique(slots.numpy(), return_index=True)[1])
 
 
 def _prompt(document: Document) -> tuple[bytes, int]:

@@ -28,6 +28,7 @@ def clean_alone(units: MediaUnits) -> MediaUnits:
         units,
         noised_row_Q=units.noised_row_Q[:0],
         noised_slot_Q=units.noised_slot_Q[:0],
+        noised_level_Q=units.noised_level_Q[:0],
         noise_QF=units.noise_QF[:0],
         time_of_Q=units.time_of_Q[:0],
     )

@@ -1,4 +1,4 @@
-"""Router: cross-entropy of the next kind and, where it is media, of its shape bucket."""
+"""Router: cross-entropy of the next kind and, where it is media, of its shape bucket and of its tree."""
 
 from __future__ import annotations
 
@@ -17,3 +17,8 @@ def bucket_nats(
 ) -> Float[Tensor, " R"]:
     """-ln p(bucket) where `here`, else 0."""
     return F.cross_entropy(logits_RN, bucket_R, reduction="none") * here_R
+
+
+def split_nats(logit_K: Float[Tensor, " K"], split_K: Bool[Tensor, " K"]) -> Float[Tensor, " K"]:
+    """-ln p(the block is split or not). Of a whole tree an upper bound: that its leaves fill the budget is known."""
+    return F.binary_cross_entropy_with_logits(logit_K, split_K.to(logit_K.dtype), reduction="none")

@@ -14,8 +14,9 @@ NEVER = 2**31 - 1
 
 
 def settle(threads: int = 0) -> None:
-    """Take `threads`, or (0) OMP_NUM_THREADS, or all cores it may use; without a GPU also keep freed memory."""
-    torch.set_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS", "0")) or share_of_cores(1))
+    """Take `threads`, or (0) what OpenMP was told or finds; without a GPU also keep freed memory."""
+    if threads:
+        torch.set_num_threads(threads)
     if not torch.cuda.is_available():
         keep_freed_memory()
 

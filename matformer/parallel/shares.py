@@ -24,7 +24,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from matformer.config.schema import MediaConfig, ModelConfig, TextConfig
-from matformer.parcels import Batch, Exchange, MediaUnits, TextUnits
+from matformer.parcels import Batch, Exchange, MediaUnits, TextUnits, TreeUnits
 
 Units = TypeVar("Units")
 
@@ -36,8 +36,8 @@ def share_out(batch: Batch, *, model: ModelConfig, rank: int, ranks: int) -> Bat
     """
     owners = _deal(batch, model=model, ranks=ranks)
     chunk = batch.grid.kind_BS.numel() // ranks
-    asked_R = batch.route.slot_R.div(chunk, rounding_mode="floor")  # a question is answered where its latent stands
-    reads = _reading(batch, owners, back=0 if model.diffuses_text else 1, asked_R=asked_R, ranks=ranks)
+    asked_R = batch.route.slot_R // chunk  # a question is answered where its latent stands
+    reads = _reading(batch, owners, back=0 if model.diffuses_text else 1, chunk=chunk, ranks=ranks)
     exchange = _exchange(_standing(batch, owners, model=model, ranks=ranks), reads, rank=rank)
     text = text_share(batch.text, owners.text == rank, marks=slice(rank, None, ranks))
     if batch.read is batch.text:
@@ -45,8 +45,9 @@ def share_out(batch: Batch, *, model: ModelConfig, rank: int, ranks: int) -> Bat
     else:
         read = text_share(batch.read, owners.read == rank, marks=slice(rank, None, ranks))
     media = {name: media_share(units, owners.media[name] == rank) for name, units in batch.media.items()}
+    trees = {name: tree_share(units, units.slot_J // chunk == rank) for name, units in batch.trees.items()}
     route = _taken(batch.route, {"R": asked_R == rank})
-    return replace(batch, text=text, read=read, media=media, route=route, exchange=exchange)
+    return replace(batch, text=text, read=read, media=media, trees=trees, route=route, exchange=exchange)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +154,12 @@ def media_share(units: MediaUnits, mine: Bool[Tensor, " J"]) -> MediaUnits:
     )
 
 
+def tree_share(units: TreeUnits, mine: Bool[Tensor, " J"]) -> TreeUnits:
+    """Some trees with all their questions, numbered anew."""
+    taken = _taken(units, {"J": mine, "K": mine[units.tree_K]})
+    return replace(taken, tree_K=_numbers(mine)[taken.tree_K])
+
+
 def _numbers(keep: Bool[Tensor, " n"]) -> Int[Tensor, " n"]:
     """The new number of each that is kept."""
     return keep.long().cumsum(0) - 1
@@ -190,13 +197,14 @@ def _standing(batch: Batch, owners: Owners, *, model: ModelConfig, ranks: int) -
     return owner_L
 
 
-def _reading(batch: Batch, owners: Owners, *, back: int, asked_R: Tensor, ranks: int) -> Bool[Tensor, "ranks L"]:
+def _reading(batch: Batch, owners: Owners, *, back: int, chunk: int, ranks: int) -> Bool[Tensor, "ranks L"]:
     """Which positions' latents each rank reads. back: how far before a patch the latent stands that decodes it."""
     reads = torch.zeros(ranks, batch.grid.kind_BS.numel(), dtype=torch.bool)
     reads[owners.text[_piece_of_patch(batch.text)], batch.text.slot_P - back] = True
     for name, units in batch.media.items():
         reads[owners.media[name][units.span_N[units.noised_row_Q]], units.noised_slot_Q] = True
-    reads[asked_R, batch.route.slot_R] = True
+    for slots in (batch.route.slot_R, *(units.slot_J for units in batch.trees.values())):
+        reads[slots // chunk, slots] = True
     return reads
 
 

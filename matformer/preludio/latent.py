@@ -20,6 +20,7 @@ from matformer.layers.time_conditioning import ENTRANCES
 from matformer.layers.time_embedding import TimeEmbedding
 from matformer.parcels import MediaUnits
 from matformer.preludio.base import Preludio
+from matformer.preludio.leaves import LeafMerge
 
 
 @final
@@ -29,8 +30,8 @@ class LatentPreludio(Preludio[MediaUnits]):
     Before the map there may be convolutions over the cells of the span.
     The time is added, or scales and shifts the row (there is no block that a gate could close), or stands as a row of
     its own at the head of the noised span, or is not told here. `causal` (LatentLM): noised patches do not stand in the
-    sequence, and are left to the Coda. The header is an embedding of the shape bucket, the
-    closing one vector: both belong to the modality.
+    sequence, and are left to the Coda. With `merge`, patches that share a latent become one row. The header is an
+    embedding of the shape bucket, the closing one vector: both belong to the modality.
     Sources: BAGEL (time added to the latents); DiT, section 3.2 (patchify); Show-o2 and JanusFlow (time as a position).
     """
 
@@ -47,6 +48,7 @@ class LatentPreludio(Preludio[MediaUnits]):
         cells: CellShape | None = None,
         unet_width: int = 0,
         causal: bool = False,
+        merge: LeafMerge | None = None,
     ) -> None:
         super().__init__()
         self.objective: MediaObjective = objective
@@ -63,6 +65,7 @@ class LatentPreludio(Preludio[MediaUnits]):
             self.time = TimeModulation(atto_width, parts=2)
         elif self.entrance != "nowhere":
             self.time = TimeEmbedding(atto_width)
+        self.merge = merge
         self.header_embedding = nn.Embedding(num_buckets, atto_width)
         self.closing_embedding = nn.Embedding(1, atto_width)
 
@@ -72,15 +75,21 @@ class LatentPreludio(Preludio[MediaUnits]):
         clean = units.value_NF[units.clean_row_Q]
         patch = self.precondition.network_input(
             torch.cat((noised, clean)), torch.cat((time_Q, time_Q.new_zeros(len(clean))))
-        )
+        ).to(self.header_embedding.weight.dtype)
         row = torch.cat((units.noised_row_Q, units.clean_row_Q))
-        patches = self._rows(patch.to(self.header_embedding.weight.dtype), units) + self.place(units.place_NX[row])
+        patches = self._rows(patch, units) + self.place(units.place_NX[row])
+        slot = torch.cat((units.noised_slot_Q, units.clean_slot_Q))
+        time = torch.cat((units.time_of_Q, torch.full_like(units.clean_row_Q, len(units.time_T))))
+        if self.merge is not None:
+            level = torch.cat((units.noised_level_Q, units.clean_level_Q))
+            patches, first = self.merge(patches, patch, slot, level)
+            slot, time = slot[first], time[first]
         rows = [
-            self._told(patches, units),
+            self._told(patches, time, units),
             self.header_embedding(units.bucket_J),
             self.closing_embedding(torch.zeros_like(units.bucket_J)),
         ]
-        slots = [units.noised_slot_Q, units.clean_slot_Q, units.header_slot_J, units.closing_slot_J]
+        slots = [slot, units.header_slot_J, units.closing_slot_J]
         if self.entrance == "token":
             rows.append(self.time(units.time_T[units.time_span_Q]))
             slots.append(units.time_slot_Q)
@@ -95,13 +104,14 @@ class LatentPreludio(Preludio[MediaUnits]):
         on = canvases(copy, units.place_NX[row], count=2 * spans, shape=self.cells, dtype=patch_QF.dtype)
         return self.patch(patch_QF, on)
 
-    def _told(self, patches_QH: Float[Tensor, "Q H"], units: MediaUnits) -> Float[Tensor, "Q H"]:
-        """Rows of the noised patches and then of the clean ones, with their times."""
+    def _told(
+        self, patches_QH: Float[Tensor, "Q H"], time_Q: Int[Tensor, " Q"], units: MediaUnits
+    ) -> Float[Tensor, "Q H"]:
+        """Rows with their times; those of clean rows are behind the last of T."""
         if self.entrance not in ("added", "film"):
             return patches_QH
-        times = torch.cat((units.time_T, units.time_T.new_zeros(1)))  # the last: clean
-        which = torch.cat((units.time_of_Q, torch.full_like(units.clean_row_Q, len(units.time_T))))
-        found = self.time(times).index_select(0, which)
+        times = torch.cat((units.time_T, units.time_T.new_zeros(1)))
+        found = self.time(times).index_select(0, time_Q)
         if self.entrance == "added":
             return patches_QH + found
         return modulate(patches_QH, shift=found[:, 0], scale=found[:, 1])

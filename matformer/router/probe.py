@@ -10,15 +10,19 @@ from torch import Tensor, nn
 
 from matformer.layers.precision import at_least_float32
 from matformer.parcels import RouterUnits
+from matformer.router.tree import TreeHead
 
 
 class Router(nn.Module):
     """Logits of the next position's kind (modalities, end, recurrent), and of the shape bucket of each modality."""
 
-    def __init__(self, atto_width: int, *, num_buckets: Mapping[str, int]) -> None:
+    def __init__(
+        self, atto_width: int, *, num_buckets: Mapping[str, int], trees: Mapping[str, TreeHead] | None = None
+    ) -> None:
         super().__init__()
         self.head = nn.Linear(atto_width, 1 + len(num_buckets) + 2)
         self.bucket_head = nn.ModuleDict({name: nn.Linear(atto_width, n) for name, n in num_buckets.items()})
+        self.tree_head = nn.ModuleDict(trees or {})
 
     def forward(
         self, latent_LH: Float[Tensor, "L H"], units: RouterUnits

@@ -61,7 +61,8 @@ def test_only_host_files_name_a_host() -> None:
 
 
 def test_nobody_imports_tools_or_tests() -> None:
-    assert importing("tools", "tests") == set()
+    longer_tests = {"tools/parity_fuzz.py"}  # as many of tests/parity/test_fuzz.py as one likes
+    assert importing("tools", "tests") == longer_tests
 
 
 def test_only_data_prep_and_what_times_it_import_data_prep() -> None:
@@ -82,9 +83,9 @@ def test_no_name_is_vague() -> None:
     assert [name_of(file) for file in OURS if VAGUE.search(file.stem)] == []
 
 
-def test_the_environment_is_read_by_train_and_hosts_alone() -> None:
+def test_the_environment_is_read_by_train_launch_and_hosts_alone() -> None:
     """A module that reads os.environ has an input that no config shows."""
-    free = ("matformer/train.py", "matformer/hosts/", "data_prep/", "tools/")
+    free = ("matformer/train.py", "matformer/launch.py", "matformer/hosts/", "data_prep/", "tools/")
     files = [file for file in OURS if not name_of(file).startswith(free)]
     assert places(files, lambda node: isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")) == []
 

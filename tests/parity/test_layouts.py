@@ -24,7 +24,7 @@ from matformer.data.packing import (
     pack_batch,
     with_noise,
 )
-from matformer.data.sources import MediaSpan
+from matformer.data.sources import MediaSpan, Role, media_span
 from matformer.engine.gradients import gradient_row
 from matformer.parcels import Batch
 from tests.made import (
@@ -270,6 +270,36 @@ def test_next_latents_give_the_same_too(name: str, world: World) -> None:
     ]
     trained = world(config.parallel.ranks).run(cases.train_ranks, config, steps)
     assert_same_run(trained, cases.train_plain(plain, steps))
+
+
+def test_copies_in_trees_give_the_same_too(world: World) -> None:
+    """Leaves of two levels in both copies of what is generated, and of what is given; trees asked for at headers."""
+    name = "tp2 pp2 sequence parallel"
+    config, plain = run_of(name), tiny_run(layers=LAYERS)
+    keys = {"patch": 1, "budget": {"share": 0.5, "levels": 2, "noised_tree": "own"}}
+    config, plain = (run.model_copy(update={"model": with_media(run.model, **keys)}) for run in (config, plain))
+    media = plain.model.media
+
+    def span(kind: str, seed: int, role: Role = "generate") -> MediaSpan:
+        """Of the wide pictures that are given, the right half is a leaf of 4 x 4."""
+        latent = (image(seed, wide=role == "given") if kind == "image" else audio(seed)).latent
+        busy = np.where(np.arange(latent.shape[-1]) < 4, 1.0, 0.1 if role == "given" else 1.0)
+        return media_span((latent * busy).astype(np.float32), kind, media=media[kind], role=role)
+
+    documents = [
+        [
+            document(f"{i}.0", b"a %d" % i, span("image", i), b"b", span("audio", i)),
+            document(f"{i}.1", span("audio", i + 4, "given"), span("image", i + 4, "given"), b"given"),
+        ]
+        for i in range(4)
+    ]
+    microbatches = [build_batch(pair, model=plain.model, sequence_latents=LENGTH) for pair in documents]
+    steps = [[with_noise(b, time=0.2 * k, seed=k, index=k) for b in microbatches] for k in (1, 2, 3)]
+    assert set(microbatches[0].media["image"].clean_level_Q.tolist()) == {0, 1, 2}
+    reference = cases.train_plain(plain, steps)
+    new = [part for part in reference.gradients if ".merge." in part or ".tree_head." in part]
+    assert [part for part in new if not reference.gradients[part].any()] == []
+    assert_same_run(world(4).run(cases.train_ranks, config, steps), reference)
 
 
 @pytest.mark.parametrize("name", ["tp2", "pp2", "dp2 zero2", "dp2 zero3"])

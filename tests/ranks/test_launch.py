@@ -11,10 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from matformer import launch
-from matformer.parallel.process import settle
 
 # Ranks that do what a run does at its end, without its imports.
 RANKS = """
@@ -79,21 +77,16 @@ def test_ranks_share_the_cores_unless_the_user_says_how_many(monkeypatch: pytest
     seen: list[str] = []
     monkeypatch.setattr(launch, "torchrun", lambda arguments: seen.append(os.environ["OMP_NUM_THREADS"]))
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
-    monkeypatch.setenv("OMP_NUM_THREADS", "")
-    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     launch.main(["--nproc-per-node=2", "script.py"])
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     launch.main(["--nproc-per-node=2", "script.py"])
     assert seen == ["4", "3"]
 
 
-def test_threads_are_the_configs_or_openmps_or_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[int] = []
-    monkeypatch.setattr(torch, "set_num_threads", taken.append)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    settle(5)
-    settle()
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    settle()
-    assert taken == [5, 3, 8]
+def test_threads_are_the_configs_or_what_openmp_was_told() -> None:
+    script = "import torch; from matformer.parallel.process import settle; {}; print(torch.get_num_threads())"
+    for call, told, expected in (("settle(2)", "1", "2"), ("settle()", "1", "1"), ("settle()", "2", "2")):
+        command = [sys.executable, "-c", script.format(call)]
+        run = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": told}, capture_output=True, check=True)
+        assert run.stdout.decode().strip() == expected

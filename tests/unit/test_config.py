@@ -260,6 +260,22 @@ BROKEN = {
         ["data.sequence_latents=66", "model.media_context=noised"],
         ["67", "66", "one copy of 64 patches", "audio"],
     ),
+    "a budget of latents leaves less": (
+        ["data.sequence_latents=98", "model.media.audio.budget.share=0.5"],
+        ["99", "98", "64 patches, the clean one of 32 latents", "audio"],
+    ),
+    "next latents are patches": (
+        ["model.media.image.objective=next_latent", "model.media.image.budget={share: 0.5}"],
+        ["model.media.image.budget must be null", "next_latent", "model.media.image.objective"],
+    ),
+    "next latents stand in no tree": (
+        ["model.media.audio.objective=next_latent", "model.media.audio.budget={share: 0.5, noised_tree: own}"],
+        ["model.media.audio.budget must be null", "next_latent"],
+    ),
+    "what no block fills is within the budget": (
+        ["model.media.image.budget={share: 0.3, levels: 1}", "model.media.image.buckets=[[6, 10]]"],
+        ["[3, 5]", "9 of 15", "0.3", "model.media.image.budget.share"],
+    ),
     "the weight of SD3 is for its path": (
         ["model.media.image.objective=ddpm_v", "model.media.image.loss_weighting=cosmap"],
         ["model.media.image.loss_weighting", "ddpm_v", "cosmap"],

@@ -20,12 +20,13 @@ from matformer.config.schema import RunConfig
 from matformer.data.loader import heldout_batches, heldout_documents
 from matformer.data.packing import build_batch, with_noise
 from matformer.data.shards import ShardWriter
-from matformer.data.sources import open_source
+from matformer.data.sources import MediaSpan, open_source
 from matformer.engine.baselines import Baselines, compute_baselines
 from matformer.engine.document_sums import document_sums
 from matformer.engine.evaluate import HeldOut, evaluate
 from matformer.engine.paired import caption_gain, other_captions, spread, subjects_of
 from matformer.engine.restore import load_for_inference
+from matformer.engine.tree_arms import tree_arms
 from matformer.errors import CheckpointError
 from matformer.evaluate import main
 from matformer.hosts.plain import PlainHost
@@ -351,6 +352,40 @@ def test_a_model_that_sees_no_caption_gains_nothing(root: Path) -> None:
     assert found["heldout/captions/image_gain_num_concepts"] == 7
     trained = caption_gain(build(run)[0], run, modality="image", num_spans=16)
     assert trained["heldout/captions/image_gain"] != 0
+
+
+def in_trees(run: RunConfig, *, tree: str = "own") -> RunConfig:
+    """The same run, its pictures a patch a cell in trees of at most half as many leaves."""
+    budget = {"share": 0.5, "levels": 2, "noised_tree": tree}
+    image = {**MODEL["media"]["image"], "patch": 1, "budget": budget}
+    model = {**MODEL, "media": {**MODEL["media"], "image": image}}
+    return RunConfig.model_validate(run.model_dump() | {"model": model})
+
+
+def test_arms_of_trees_differ_in_the_tree_alone(root: Path) -> None:
+    run = in_trees(config(root))
+    host, model = build(run)
+    found = tree_arms(host, model, run, modality="image")
+    names = [f"{arm}_tree_flow_loss" for arm in ("own", "predicted", "shuffled")]
+    errors = [f"{name}_stderr" for name in names]
+    assert sorted(found) == sorted(f"heldout/image/{name}" for name in (*names, *errors, "tree_nats"))
+    own = evaluate(host, run, full=False)["heldout/image/flow_loss"]
+    assert found["heldout/image/own_tree_flow_loss"] == pytest.approx(own, rel=1e-6)
+    assert len({round(found[f"heldout/image/{name}"], 6) for name in names}) == 3
+    assert found == tree_arms(host, model, run, modality="image")
+
+
+def test_a_shuffled_tree_is_another_pictures(root: Path) -> None:
+    own, shuffled = (
+        open_source("images", data=config(root).data, model=in_trees(config(root), tree=tree).model, split="train")
+        for tree in ("own", "shuffled")
+    )
+    for index in range(len(own)):
+        (_, one), (_, other) = (source.pick(index, direction="generate").spans for source in (own, shuffled))
+        assert isinstance(one, MediaSpan) and isinstance(other, MediaSpan)
+        (_, far) = own.pick((index + 8) % 16, direction="generate").spans
+        assert (one.latent == other.latent).all() and (one.tree == other.tree).all()
+        assert isinstance(far, MediaSpan) and (other.noised_tree == far.noised_tree).all()
 
 
 @pytest.fixture

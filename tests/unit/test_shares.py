@@ -40,6 +40,7 @@ MODELS: dict[str, ModelConfig] = {
     "masked": as_diffused(MODEL, "masked_diffusion"),
     "token": with_media(MODEL, time_conditioning="token"),
     "u-net and attention": with_media(MODEL, unet_width=4, coda="dit"),
+    "trees": with_media(MODEL, budget={"share": 0.5, "levels": 1, "noised_tree": "own"}),
     "next latent": with_media(MODEL, objective="next_latent", next_latent={"noises": 3}),
 }
 

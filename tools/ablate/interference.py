@@ -20,8 +20,8 @@ from typing import Any
 from doors import add_arguments, made, run_door
 from interference_document import write
 from jobs import Job, arm_file, load_checked, train_all
-from scores import Asked, score_all
-from tables import difference_by_document
+from scores import Asked, columns, score_all
+from tables import difference_by_document, loss_a_unit
 
 from matformer.config.schema import RunConfig
 from matformer.engine.evaluate import media_by_document, text_by_document
@@ -114,7 +114,7 @@ def score_parts(folder: Path, asked: Asked) -> dict[str, Any]:
         found[name] = media_by_document(host, alone, modality=name)
         if alone != config:
             found[f"{name} {CAPTIONED}"] = media_by_document(host, config, modality=name)
-    return {"parts": {part: _columns(documents) for part, documents in found.items()}}
+    return {"parts": {part: columns(documents) for part, documents in found.items()}}
 
 
 def with_media_alone(config: RunConfig) -> RunConfig:
@@ -126,16 +126,9 @@ def with_media_alone(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"data": config.data.model_copy(update={"sources": sources})})
 
 
-def _columns(documents: Mapping[str, tuple[float, float]]) -> dict[str, list[Any]]:
-    """Arms may pack the documents in another order: keys are sorted."""
-    keys = sorted(documents)
-    losses, sizes = ([documents[key][place] for key in keys] for place in (0, 1))
-    return {"keys": keys, "losses": losses, "sizes": sizes}
-
-
 def _losses(runs: Sequence[Mapping[str, Scores]]) -> dict[str, list[float]]:
     """Part -> a number a seed: bits per byte, or squared error a scalar."""
-    return {part: [sum(run[part]["losses"]) / sum(run[part]["sizes"]) for run in runs] for part in runs[0]}
+    return {part: [loss_a_unit(run[part]) for run in runs] for part in runs[0]}
 
 
 def _differences(runs: Mapping[str, Sequence[Mapping[str, Scores]]]) -> dict[str, dict[str, Any]]:

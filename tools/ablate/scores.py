@@ -43,6 +43,13 @@ def _score(folder: Path, scorer: Scorer, *, asked: Asked, file: str) -> None:
     write_whole(folder / file, json.dumps({"asked": asked, **scorer(folder, asked)}).encode())
 
 
+def columns(documents: Mapping[str, tuple[float, float]]) -> dict[str, list[Any]]:
+    """Keys, losses and sizes of documents. Arms may pack them in another order: keys are sorted."""
+    keys = sorted(documents)
+    losses, sizes = ([documents[key][place] for key in keys] for place in (0, 1))
+    return {"keys": keys, "losses": losses, "sizes": sizes}
+
+
 def score_texts(folder: Path, asked: Asked) -> dict[str, Any]:
     """`bits` and `bytes` of each document of `num_bytes` of held-out text under the last weights."""
     config, host, _ = load_for_inference(folder, ema=False)

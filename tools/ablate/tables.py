@@ -31,6 +31,11 @@ def with_spread(values: Sequence[float], digits: int = 3) -> str:
     return f"{statistics.fmean(values):.{digits}f} ± {spread(values):.{digits}f}"
 
 
+def loss_a_unit(run: Mapping[str, Any]) -> float:
+    """Of all documents of a run's columns."""
+    return sum(run["losses"]) / sum(run["sizes"])
+
+
 def difference_by_seed(values: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
     """Mean above the reference, seed against seed; its standard error over seeds, None of a single one."""
     by_seed = [one - other for one, other in zip(values, reference, strict=True)]
