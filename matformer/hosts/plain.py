@@ -31,7 +31,7 @@ from matformer.layers.modulation import ATTO_PARTS, TimeModulation, modulate, ro
 from matformer.layers.norm import RMSNorm
 from matformer.layers.time_conditioning import modulated_media
 from matformer.parallel.groups import Groups
-from matformer.parcels import Batch
+from matformer.parcels import Batch, Exchange
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -96,9 +96,9 @@ class PlainTrunk(Trunk):
         self.final_norm = RMSNorm(config.width, config.norm_epsilon)
 
     def forward(
-        self, hidden: Float[Tensor, "L H"] | None, view: AttoView, exchange: None = None
+        self, hidden: Float[Tensor, "L H"] | None, view: AttoView, exchange: Exchange | None = None
     ) -> Float[Tensor, "L H"]:
-        assert hidden is not None, "one stage: the Preludi are here"
+        assert hidden is not None and exchange is None, "one stage on one rank: the Preludi are here, whole"
         x_BSH = hidden.view(*view.visible_BSS.shape[:2], -1)
         for layer in self.layers:
             x_BSH = layer(x_BSH, view)

@@ -24,12 +24,12 @@ from typing import Any
 from budgeted_patches_document import CLEAN, NOISED, write
 from doors import add_arguments, made, run_door
 from jobs import Job, arm_file, finished, load_checked
-from matformer.data.copies import num_latents
 from scores import Asked, columns, score_all
 from tables import difference_by_document, loss_a_unit
 
 from matformer.config.load import load_run, save_resolved
 from matformer.config.schema import RunConfig
+from matformer.data.copies import num_latents
 from matformer.data.loader import heldout_documents, pack_documents
 from matformer.data.packing import Piece, Place, document_positions, draw_training_noise, pack_batch
 from matformer.data.sources import Document, MediaSpan, open_source
@@ -109,6 +109,7 @@ def learn_and_score(folder: Path, asked: Asked) -> dict[str, Any]:
     config = load_run(folder / "config.yaml")
     host, began = build_host(config), time.process_time()
     model = build_model(host, config)
+    assert isinstance(model, Matformer), "one stage"
     latents = documents = 0
     for step, batch in enumerate(islice(training_batches(config), config.train.steps)):
         optimizer_step(host, [batch], config=config, step=step)
