@@ -7,14 +7,13 @@ import math
 from matformer.coda.latent import LatentCoda
 from matformer.coda.text import TextCoda
 from matformer.coda.token import TokenCoda
+from matformer.config.check import MAX_PATCH
 from matformer.config.schema import MediaConfig, ModelConfig, TextConfig
 from matformer.layers.cells import CellShape
 from matformer.layers.ngrams import NgramSettings
 from matformer.preludio.latent import LatentPreludio
 from matformer.preludio.text import TextPreludio
 from matformer.preludio.token import TokenPreludio
-
-MAX_PATCH = 256  # rows of the place-in-patch table; data.patcher.max_patch_bytes may not exceed it
 
 
 def patch_variance(media: MediaConfig) -> list[float]:
@@ -26,13 +25,6 @@ def patch_variance(media: MediaConfig) -> list[float]:
 def patches_of_bucket(media: MediaConfig, bucket: int) -> int:
     """N of one span in this shape bucket."""
     return math.prod(cells // media.patch for cells in media.buckets[bucket])
-
-
-def places_of_axes(media: MediaConfig) -> tuple[int, int, int]:
-    """Most patches along t, y and x; 1 on an axis that the modality lacks."""
-    longest = [max(bucket[axis] for bucket in media.buckets) // media.patch for axis in range(media.rank)]
-    along = dict(zip({1: "t", 2: "yx", 3: "tyx"}[media.rank], longest, strict=True))
-    return along.get("t", 1), along.get("y", 1), along.get("x", 1)
 
 
 def ngram_settings(text: TextConfig, sizes: tuple[int, ...]) -> NgramSettings:
@@ -81,7 +73,7 @@ def _text_coda(model: ModelConfig) -> TextCoda | TokenCoda:
 
 
 def _cells(media: MediaConfig) -> CellShape:
-    return CellShape(places_of_axes(media), patch=media.patch, rank=media.rank, channels=media.channels)
+    return CellShape(media.places, patch=media.patch, rank=media.rank, channels=media.channels)
 
 
 def build_preludi(model: ModelConfig) -> dict[str, TextPreludio | TokenPreludio | LatentPreludio]:
@@ -92,7 +84,7 @@ def build_preludi(model: ModelConfig) -> dict[str, TextPreludio | TokenPreludio 
             patch_variance(media),
             atto_width=model.atto.width,
             num_buckets=len(media.buckets),
-            places=places_of_axes(media),
+            places=media.places,
             objective=media.prediction,
             scaled=media.precondition != "none",
             time_conditioning="none" if media.causal else media.time_conditioning,
@@ -117,7 +109,7 @@ def build_code(model: ModelConfig) -> dict[str, TextCoda | TokenCoda | LatentCod
             window=media.coda_window,
             cells=_cells(media),
             unet_width=media.unet_width,
-            places=places_of_axes(media),
+            places=media.places,
             objective=media.prediction,
             scaled=media.precondition != "none",
             time_conditioning=media.time_conditioning,

@@ -13,7 +13,8 @@ from typing import Literal
 
 from matformer.config.schema import AttoConfig, MediaConfig, ModelConfig, TextConfig
 from matformer.parallel.counts import Counts, MediaCounts, TextCounts
-from matformer.parallel.parts import NUM_TARGETS, modulated_media, places
+from matformer.parallel.parts import modulated_media
+from matformer.shapes import NUM_TARGETS
 
 Core = Literal["tiles", "fused"]
 """How attention runs. tiles: layers/tiles.py, which keeps the weights of every tile; fused: nothing of that size."""
@@ -138,7 +139,7 @@ def _cells(media: MediaConfig, canvases: int, share: Share) -> float:
     """Convolutions: what enters, the stream, its norm, two inner rows and the answers, over whole canvases."""
     if not media.unet_width:
         return 0.0
-    cells = prod(places(media)) * media.patch**media.rank
+    cells = prod(media.places) * media.patch**media.rank
     return share.size * canvases * cells * (media.channels + 6 * media.unet_width)
 
 

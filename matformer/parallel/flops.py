@@ -16,7 +16,7 @@ from typing import Literal
 
 from matformer.config.schema import ModelConfig
 from matformer.parallel.counts import Counts
-from matformer.parallel.parts import Attention, Map, Piece, parts
+from matformer.parallel.parts import Attention, Map, Piece, atto_layer, parts
 
 Attended = Literal["seen", "computed"]
 
@@ -31,6 +31,9 @@ class Flops:
     def __add__(self, other: Flops) -> Flops:
         return Flops(self.forward + other.forward, self.backward + other.backward)
 
+    def __mul__(self, times: int) -> Flops:
+        return Flops(self.forward * times, self.backward * times)
+
     @property
     def total(self) -> int:
         return self.forward + self.backward
@@ -38,7 +41,11 @@ class Flops:
 
 def flops_by_part(model: ModelConfig, counts: Counts, *, attended: Attended = "seen") -> dict[str, Flops]:
     """Every part's FLOPs, by the names of `parts`."""
-    return {name: part_flops(pieces, attended=attended) for name, pieces in parts(model, counts).items()}
+    layer = part_flops(list(atto_layer(model, counts)), attended=attended)  # once: they are all alike
+    return {
+        name: layer * model.atto.layers if name == "atto" else part_flops(pieces, attended=attended)
+        for name, pieces in parts(model, counts).items()
+    }
 
 
 def batch_flops(model: ModelConfig, counts: Counts, *, attended: Attended = "seen") -> int:

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
+from matformer.config.check import MAX_PATCH
 from matformer.config.schema import MediaConfig, ModelConfig, TextConfig
 from matformer.parallel.counts import Counts, MediaCounts, Pairs, TextCounts
+from matformer.shapes import NUM_SYMBOLS, NUM_TARGETS
 
-NUM_SYMBOLS, NUM_TARGETS = 259, 257  # shapes.py
-MAX_PATCH = 256  # modalities.py: rows of the table of places in a patch
 NUM_FREQUENCIES, HIDDEN = 128, 128  # layers/time_embedding.py, layers/modulation.py
 ATTO_PARTS = 6  # layers/modulation.py
 REACH = 3  # layers/cells.py
@@ -172,7 +172,7 @@ def media_preludio(media: MediaConfig, atto_width: int, *, counts: MediaCounts) 
         yield from _modulation(atto_width, parts=2, rows=counts.times + 1)
     elif entrance != "nowhere":
         yield from _time_embedding(atto_width, rows=counts.told if entrance == "token" else counts.times + 1)
-    yield Table((sum(places(media)) + len(media.buckets) + 1) * atto_width)
+    yield Table((sum(media.places) + len(media.buckets) + 1) * atto_width)
 
 
 def media_coda(media: MediaConfig, atto_width: int, *, counts: MediaCounts) -> Iterator[Piece]:
@@ -182,7 +182,7 @@ def media_coda(media: MediaConfig, atto_width: int, *, counts: MediaCounts) -> I
     attends = media.coda == "dit"
     yield Map(atto_width, width, rows, bias=True)
     yield Map(scalars, width, rows, bias=True, of_data=True)
-    yield Table(sum(places(media)) * width)
+    yield Table(sum(media.places) * width)
     entrance = ENTRANCES[media.time_conditioning][1]
     if entrance == "added":
         yield from _time_embedding(width, rows=counts.times)
@@ -198,19 +198,6 @@ def media_coda(media: MediaConfig, atto_width: int, *, counts: MediaCounts) -> I
     else:
         yield Map(width, scalars, rows, bias=True)
     yield Map(width, scalars, rows, bias=True)
-
-
-def places(media: MediaConfig) -> tuple[int, int, int]:
-    """Most patches along t, y and x; 1 on an axis that the modality lacks."""
-    t, y, x = (1, 1, 1)
-    longest = [max(bucket[axis] for bucket in media.buckets) // media.patch for axis in range(media.rank)]
-    if media.rank == 1:
-        (t,) = longest
-    elif media.rank == 2:
-        y, x = longest
-    else:
-        t, y, x = longest
-    return t, y, x
 
 
 def _ngrams(text: TextConfig, sizes: int) -> int:
@@ -244,7 +231,7 @@ def _time_embedding(width: int, *, rows: int) -> Iterator[Piece]:
 
 def _convolution(media: MediaConfig, inner: int, outer: int, *, canvases: int, of_data: bool = False) -> Map:
     """Every cell of every canvas takes a kernel's inputs: as a map, rows are cells."""
-    cells = prod(places(media)) * media.patch**media.rank
+    cells = prod(media.places) * media.patch**media.rank
     return Map(inner * REACH**media.rank, outer, canvases * cells, bias=True, of_data=of_data)
 
 

@@ -6,7 +6,7 @@ next product. So this is an upper bound where a later host hides some of it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from matformer.config.device import DeviceConfig
@@ -63,7 +63,7 @@ def step_time(config: RunConfig, counts: Counts, device: DeviceConfig, *, shared
     )
     total = config.parallel.dp * many * batch_flops(config.model, counts)
     share = total / (seconds.total * config.parallel.ranks * device.peak_tflops * 1e12)
-    return StepTime(*(getattr(seconds, name) for name in StepTime.__slots__[:-1]), share=share)
+    return replace(seconds, share=share)
 
 
 def bubble_share(config: RunConfig) -> float:

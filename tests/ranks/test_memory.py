@@ -1,4 +1,4 @@
-"""Predicted memory of a rank against what ranks hold, in eight layouts."""
+"""Predicted memory of a rank against what ranks hold: seven layouts, and other models on one rank."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matformer.config.schema import ModelConfig, RunConfig
 from matformer.data.counts import counts_of
 from matformer.parallel.memory import RankMemory, rank_memory, stages
 from matformer.parcels import Batch
-from tests.made import audio, document, image, packed, tiny_run
+from tests.made import audio, document, image, packed, tiny_run, with_media
 from tests.ranks import memory
 from tests.ranks.launcher import Ranks
 
@@ -59,9 +59,23 @@ def batches_of(run: RunConfig) -> list[Batch]:
     return [packed([row], length=LENGTH, model=run.model) for row in rows]
 
 
-def compared(run: RunConfig, ranks: Ranks) -> list[tuple[RankMemory, dict[str, memory.Traced]]]:
+def media_batches(run: RunConfig) -> list[Batch]:
+    """Rows that are mostly pictures and sounds."""
+    rows = [
+        [
+            document(f"m{i}.{j}", b"pic", image(9 * i + j, wide=True), audio(9 * i + j, long=True), b"e")
+            for j in range(3)
+        ]
+        for i in range(4)
+    ]
+    return [packed([row], length=LENGTH, model=run.model) for row in rows]
+
+
+def compared(
+    run: RunConfig, ranks: Ranks, *, batches: list[Batch] | None = None
+) -> list[tuple[RankMemory, dict[str, memory.Traced]]]:
     """(predicted, measured) of each rank."""
-    batches = batches_of(run)
+    batches = batches or batches_of(run)
     counts = counts_of(batches[0], run.model)
     by_stage = [rank_memory(run, counts, stage, core="tiles") for stage in stages(run)]
     measured = ranks.run(memory.trace_ranks, run, batches, limit_seconds=120.0)
@@ -78,6 +92,15 @@ def test_the_peak_is_within_a_tenth_of_what_ranks_hold(name: str, one: Ranks, tw
         assert predicted.state == pytest.approx(measured["state"].left, rel=0.1)
         share = peak - measured["state"].left  # else weights alone would carry the comparison
         assert predicted.peak - predicted.state == pytest.approx(share, rel=0.15)
+
+
+@pytest.mark.parametrize("keys", [{"coda": "dit", "time_conditioning": "adaln_preludio_coda"}, {"unet_width": 64}])
+def test_other_models_hold_what_is_predicted(keys: dict[str, Any], one: Ranks) -> None:
+    run = run_of()
+    run = run.model_copy(update={"model": with_media(run.model, coda_width=128, **keys)})
+    ((predicted, measured),) = compared(run, one, batches=media_batches(run))
+    peak = max(traced.peak for traced in measured.values())
+    assert predicted.peak - predicted.state == pytest.approx(peak - measured["state"].left, rel=0.1)
 
 
 def test_bfloat16_keeps_float32_masters_and_gradients(one: Ranks) -> None:
