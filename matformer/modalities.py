@@ -5,6 +5,7 @@ from __future__ import annotations
 from matformer.coda.latent import LatentCoda
 from matformer.coda.text import TextCoda
 from matformer.coda.token import TokenCoda
+from matformer.config.check import MAX_PATCH
 from matformer.config.schema import MediaConfig, ModelConfig, TextConfig
 from matformer.layers.cells import CellShape
 from matformer.layers.ngrams import NgramSettings
@@ -14,20 +15,11 @@ from matformer.preludio.text import TextPreludio
 from matformer.preludio.token import TokenPreludio
 from matformer.router.tree import TreeHead
 
-MAX_PATCH = 256  # rows of the place-in-patch table; data.patcher.max_patch_bytes may not exceed it
-
 
 def patch_variance(media: MediaConfig) -> list[float]:
     """Variance of each scalar of a patch, in the order of `patchify`: 1 unless the config knows better."""
     known = media.channel_variance if media.precondition == "channel" else None
     return [value for value in known or (1.0,) * media.channels for _ in range(media.patch**media.rank)]
-
-
-def places_of_axes(media: MediaConfig) -> tuple[int, int, int]:
-    """Most patches along t, y and x; 1 on an axis that the modality lacks."""
-    longest = [max(bucket[axis] for bucket in media.buckets) // media.patch for axis in range(media.rank)]
-    along = dict(zip({1: "t", 2: "yx", 3: "tyx"}[media.rank], longest, strict=True))
-    return along.get("t", 1), along.get("y", 1), along.get("x", 1)
 
 
 def ngram_settings(text: TextConfig, sizes: tuple[int, ...]) -> NgramSettings:
@@ -76,7 +68,7 @@ def _text_coda(model: ModelConfig) -> TextCoda | TokenCoda:
 
 
 def _cells(media: MediaConfig) -> CellShape:
-    return CellShape(places_of_axes(media), patch=media.patch, rank=media.rank, channels=media.channels)
+    return CellShape(media.places, patch=media.patch, rank=media.rank, channels=media.channels)
 
 
 def build_preludi(model: ModelConfig) -> dict[str, TextPreludio | TokenPreludio | LatentPreludio]:
@@ -87,7 +79,7 @@ def build_preludi(model: ModelConfig) -> dict[str, TextPreludio | TokenPreludio 
             patch_variance(media),
             atto_width=model.atto.width,
             num_buckets=len(media.buckets),
-            places=places_of_axes(media),
+            places=media.places,
             objective=media.prediction,
             scaled=media.precondition != "none",
             time_conditioning="none" if media.causal else media.time_conditioning,
@@ -119,7 +111,7 @@ def build_code(model: ModelConfig) -> dict[str, TextCoda | TokenCoda | LatentCod
             window=media.coda_window,
             cells=_cells(media),
             unet_width=media.unet_width,
-            places=places_of_axes(media),
+            places=media.places,
             objective=media.prediction,
             scaled=media.precondition != "none",
             time_conditioning=media.time_conditioning,
@@ -130,7 +122,7 @@ def build_code(model: ModelConfig) -> dict[str, TextCoda | TokenCoda | LatentCod
 def build_tree_heads(model: ModelConfig) -> dict[str, TreeHead]:
     """Of each modality whose noised copies stand in trees."""
     return {
-        name: TreeHead(model.atto.width, places=places_of_axes(media), levels=media.budget.levels)
+        name: TreeHead(model.atto.width, places=media.places, levels=media.budget.levels)
         for name, media in model.media.items()
         if media.budget is not None and media.noises_trees
     }

@@ -1,6 +1,7 @@
 """The door that checks a config before anything starts: `python -m matformer.plan CONFIG [key=value ...]`.
 
-Imports neither torch nor a host, so that scripts may ask it at every start.
+With `--gpus N` it also says what each part costs, what a rank holds and how long a step takes, and which layouts of N
+devices are best: docs/plan.md. Imports neither torch nor a host, so that scripts may ask it at every start.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ SPLITS = ("train", "heldout")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, or 2 with one sentence on stderr for a config that cannot run."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    asked = _parser().parse_args(arguments)
+    asked = _parser().parse_intermixed_args(arguments)
     try:
         config = load_run(asked.config, asked.overrides)
         check(config)
@@ -72,17 +73,58 @@ def _answer(config: RunConfig, *, asked: argparse.Namespace) -> list[str]:
         return [str(one) for one in missing_data(config)]
     if asked.show:
         return [_plain(value_of(config, key)) for key in asked.show]
-    return _table(config)
+    lines = _table(rows(config))
+    return lines if asked.gpus is None else [*lines, "", *_cluster(config, asked)]
 
 
-def _table(config: RunConfig) -> list[str]:
+def _cluster(config: RunConfig, asked: argparse.Namespace) -> list[str]:
+    """Parts, the config's own layout where it has as many ranks, and the best layouts of `--gpus` devices."""
+    from matformer.config.device import load_device  # here, as scripts that ask for one value pay for every import
+    from matformer.parallel import tables
+    from matformer.parallel.expected import guess_of
+    from matformer.parallel.layouts import estimate, estimates, no_layout
+
+    device = load_device(_device_file(asked.device, config_file=Path(asked.config)))
+    guess = guess_of(config, patch_bytes=asked.patch_bytes)
+    lines = [f"parts (a sequence of {config.data.sequence_latents:,} latents, forward and backward)"]
+    lines += _table(tables.parts_rows(config, guess), head=tables.PARTS_HEAD)
+    lines += ["", *_table([tables.guess_row(guess), ("device", f"{device.name}: {device.source}")])]
+    if config.parallel.ranks == asked.gpus:
+        own = estimate(config, guess, device, shared_encoders=asked.shared_encoders)
+        lines += ["", "the config's own layout", *_table([tables.layout_row(own, device)], head=tables.LAYOUTS_HEAD)]
+        lines += _table(tables.detail_rows(own, device))
+    found = estimates(config, guess, device, gpus=asked.gpus, shared_encoders=asked.shared_encoders)
+    chosen = tables.best(found, device, count=asked.best)
+    if not chosen:
+        raise no_layout(config, gpus=asked.gpus)
+    lines += ["", f"best layouts of {asked.gpus:,} x {device.name}, of {len(found)} that break no rule"]
+    lines += _table([tables.layout_row(one, device) for one in chosen], head=tables.LAYOUTS_HEAD)
+    lines += ["", "the first of them", *_table(tables.detail_rows(chosen[0], device))]
+    if asked.write:
+        command = f"python -m matformer.plan {asked.config} --gpus {asked.gpus} --device {asked.device}"
+        Path(asked.write).write_text(tables.plan_file(chosen[0], command=" ".join([command, *asked.overrides])))
+    return lines
+
+
+def _device_file(name: str, *, config_file: Path) -> Path:
+    """A file, or the name of one in configs/device beside the run file's folder (or its parents)."""
+    if name.endswith(".yaml"):
+        return Path(name)
+    beside = [parent / "device" / f"{name}.yaml" for parent in config_file.resolve().parents]
+    return next((one for one in beside if one.is_file()), Path("configs", "device", f"{name}.yaml"))
+
+
+def _table(cells: Sequence[tuple[str, ...]], *, head: Sequence[str] = ()) -> list[str]:
     from rich.console import Console  # here, because scripts that ask for one value pay for every import
     from rich.table import Table
 
-    table = Table(show_header=False, box=None)
-    for name, value in rows(config):
-        table.add_row(name, value)
+    table = Table(show_header=bool(head), box=None)
+    for name in head:
+        table.add_column(name)
+    for row in cells:
+        table.add_row(*row)
     console = Console()
+    console.width = max(console.width, 110)  # narrower, a row of numbers is no row
     with console.capture() as captured:
         console.print(table)
     return captured.get().splitlines()
@@ -106,6 +148,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m matformer.plan", description="Check a config; start nothing.")
     parser.add_argument("config", help="run file, such as configs/run/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument(
+        "--gpus", type=int, metavar="N", help="say what N devices would make of it, and the best layouts"
+    )
+    parser.add_argument("--device", default="h100", help="with --gpus: a name in configs/device, or a file")
+    parser.add_argument(
+        "--patch-bytes", type=float, metavar="X", help="with --gpus: mean bytes of a patch of this data"
+    )
+    parser.add_argument("--best", type=int, default=5, metavar="N", help="with --gpus: how many layouts are shown")
+    parser.add_argument("--write", metavar="FILE", help="with --gpus: write the best layout as a file of configs/plan")
+    parser.add_argument(
+        "--shared-encoders", action="store_true", help="with --gpus: Preludi and Code shared out over tensor ranks"
+    )
     answers = parser.add_mutually_exclusive_group()
     answers.add_argument("--check", action="store_true", help="say nothing when the config can run")
     answers.add_argument("--ranks", action="store_true", help="say only the number of ranks")

@@ -13,6 +13,7 @@ from matformer.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
+MAX_PATCH = 256  # rows of the table of places in a patch
 RESERVED_NAMES = ("text", "router", "end", "recurrent", "total", "loss", "media", "heldout", "heldout_ema")
 
 
@@ -70,8 +71,13 @@ def check_coda_input(config: RunConfig) -> None:
 
 
 def check_patcher(config: RunConfig) -> None:
-    """A static patch is no longer than the longest allowed."""
+    """A static patch is no longer than the longest allowed, which is no longer than the table of places is."""
     patcher = config.data.patcher
+    _must(
+        not config.model.text.preludio_places or patcher.max_patch_bytes <= MAX_PATCH,
+        f"data.patcher.max_patch_bytes must be at most {MAX_PATCH} where model.text.preludio_places is true, got "
+        f"{patcher.max_patch_bytes}; change data.patcher.max_patch_bytes",
+    )
     _must(
         patcher.kind != "static" or patcher.patch_bytes <= patcher.max_patch_bytes,
         f"data.patcher.patch_bytes must be at most data.patcher.max_patch_bytes, got {patcher.patch_bytes} and "
@@ -172,6 +178,17 @@ def check_media_buckets(config: RunConfig) -> None:
         _must(
             sizes == sorted(sizes) and len(set(media.buckets)) == len(media.buckets),
             f"{key} must be ascending shapes without repeats, got {_lists(media.buckets)}; change {key}",
+        )
+
+
+def check_channel_variance(config: RunConfig) -> None:
+    """A variance a channel."""
+    for name, media in config.model.media.items():
+        known = media.channel_variance
+        _must(
+            known is None or len(known) == media.channels,
+            f"model.media.{name}.channel_variance must have model.media.{name}.channels numbers, got "
+            f"{len(known or ())} and {media.channels}; change model.media.{name}.channel_variance",
         )
 
 
@@ -437,6 +454,7 @@ RULES = (
     check_text_diffusion,
     check_media_names,
     check_media_buckets,
+    check_channel_variance,
     check_loss_weighting,
     check_coda_heads,
     check_next_latent,

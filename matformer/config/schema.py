@@ -200,6 +200,13 @@ class MediaConfig(Section):
         return loss_name(self.objective, predicts=self.next_latent.predicts)
 
     @property
+    def places(self) -> tuple[int, int, int]:
+        """Most patches along t, y and x; 1 on an axis that the modality lacks."""
+        longest = [max(bucket[axis] for bucket in self.buckets) // self.patch for axis in range(self.rank)]
+        along = dict(zip({1: "t", 2: "yx", 3: "tyx"}[self.rank], longest, strict=True))
+        return along.get("t", 1), along.get("y", 1), along.get("x", 1)
+
+    @property
     def patch_scalars(self) -> int:
         """F: scalars of one patch."""
         return self.channels * self.patch**self.rank

@@ -229,6 +229,14 @@ SIZES = (
     "train.micro_batch=4",
 )
 BROKEN = {
+    "a patch has no more places than the table": (
+        ["data.patcher.max_patch_bytes=257"],
+        ["256", "257", "max_patch_bytes"],
+    ),
+    "every channel has a variance": (
+        ["model.media.image.channel_variance=[1.0,2.0]"],
+        ["model.media.image.channel_variance", "2", "32"],
+    ),
     "heads share the width": (["model.atto.heads=7"], ["model.atto.width", "256", "7"]),
     "kv heads share the heads": (["model.atto.kv_heads=3"], ["model.atto.kv_heads", "8", "3"]),
     "rotary pairs fill a head": (["model.atto.rotary_pairs=[8,3,3,3]"], ["17 pairs", "32"]),

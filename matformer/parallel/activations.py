@@ -1,0 +1,157 @@
+"""Bytes that autograd keeps of one microbatch's forward, part by part, on one rank.
+
+Each line below counts numbers a row (a position, a symbol, a patch) that some operation saves for its way back; the
+comments name them. Found by listing the saved tensors of the real modules; `tests/ranks/test_memory.py` holds the sums
+to what ranks allocate. Left out: indices, vectors of statistics, anything below a hundredth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+from matformer.config.schema import AttoConfig, MediaConfig, ModelConfig, TextConfig
+from matformer.parallel.counts import Counts, MediaCounts, TextCounts
+from matformer.parallel.parts import modulated_media
+from matformer.shapes import NUM_TARGETS
+
+Core = Literal["tiles", "fused"]
+"""How attention runs. tiles: layers/tiles.py, which keeps the weights of every tile; fused: nothing of that size."""
+
+FLOAT32 = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one rank holds. size: bytes of a number in the model's dtype."""
+
+    tp: int = 1
+    sequence_parallel: bool = False
+    size: int = FLOAT32
+    core: Core = "fused"
+
+    @property
+    def positions(self) -> int:
+        """Ranks that share out the positions outside attention and feed-forward."""
+        return self.tp if self.sequence_parallel else 1
+
+
+def atto_layer(model: ModelConfig, counts: Counts, share: Share) -> float:
+    """One layer of the Atto as megatron runs it."""
+    atto = model.atto
+    head, keys = atto.width // atto.heads, atto.kv_heads * (atto.width // atto.heads)
+    whole = 4 * atto.width  # the residual stream twice, both norms' answers
+    if modulated_media(model):
+        whole += 8 * atto.width  # of each branch: normed, 1 + scale, 1 + gate, what the gate closes
+    cut = 3 * atto.width + 5 * atto.ffn_width  # turned queries, keys, answer; gate and up, silu, up + 0, product
+    if atto.kv_heads < atto.heads:
+        cut += atto.width  # values, repeated
+    if atto.qk_norm:
+        cut += 2 * atto.width + 2 * keys  # all of qkv, queries copied out of it
+    elif atto.kv_heads == atto.heads:
+        cut += atto.width + 2 * keys
+    tables = 2 * head
+    numbers = counts.positions * (whole / share.positions + cut / share.tp + tables)
+    return share.size * numbers + _attention(atto.heads / share.tp, counts.atto.computed, counts.positions, share)
+
+
+def _attention(heads: float, pairs: int, rows: int, share: Share) -> float:
+    """Weights of tiles, or one sum a head and row."""
+    return FLOAT32 * heads * (pairs if share.core == "tiles" else rows)
+
+
+def view(atto: AttoConfig, counts: Counts, share: Share) -> float:
+    """Mask, biases of its tiles and rotary tables (float64) that a microbatch keeps beside its layers."""
+    tables = 8 * counts.positions * (atto.width // atto.heads)
+    if share.core == "fused":
+        return tables
+    return tables + counts.atto.computed * FLOAT32 + counts.positions * counts.positions
+
+
+def _local_block(text: TextConfig, counts: TextCounts, share: Share) -> float:
+    # stream twice, norms twice, answer, turned queries and keys, qkv; gate, up, silu, product; tables
+    numbers = counts.symbols * (10 * text.width + 4 * text.ffn_width + text.width // text.heads)
+    return share.size * numbers + _attention(text.heads, counts.pairs.computed, counts.symbols, share)
+
+
+def text_preludio(model: ModelConfig, counts: TextCounts, share: Share) -> float:
+    """Bytes to latents."""
+    text, width = model.text, model.text.width
+    if text.vocabulary is not None:
+        return 0.0
+    # of a symbol: norm's rows and answer, keys and values, its patch's questions and their products, weights
+    symbol = 4 * width + 2 * model.atto.width + text.heads * model.atto.width // width
+    patch = 2 * model.atto.width + 2 * width  # sums, their quotient, the mean and its norm
+    numbers = counts.pooled * symbol + counts.patches * patch
+    return share.size * numbers + text.preludio_layers * _local_block(text, counts, share)
+
+
+def text_coda(model: ModelConfig, counts: TextCounts, share: Share) -> float:
+    """Latents to the loss of symbols, or of pieces."""
+    text, atto = model.text, model.atto
+    if text.vocabulary is not None:
+        return counts.patches * (share.size * atto.width + FLOAT32 * (text.vocabulary + 1))
+    # a reader's rows, norm, query and sum, keys and values of its latent for each symbol, weights
+    reader = 4 * text.width + 2 * atto.width + text.heads * atto.width // text.width
+    ends = 2 * text.width  # the last norm's rows and answer
+    latents = (2 + text.coda_projection) * atto.width  # rows of the norm of slots and its answer
+    numbers = counts.symbols * (text.coda_layers * reader + ends) + counts.patches * latents
+    return (
+        share.size * numbers
+        + text.coda_layers * _local_block(text, counts, share)
+        + logits(model, counts)  # of the log-softmax
+    )
+
+
+def logits(model: ModelConfig, counts: TextCounts) -> float:
+    """Bytes of one float32 copy of the text's logits."""
+    if model.text.vocabulary is not None:
+        return FLOAT32 * counts.patches * (model.text.vocabulary + 1)
+    return FLOAT32 * counts.symbols * NUM_TARGETS * (1 + model.text.predicts_end)
+
+
+def media_preludio(media: MediaConfig, atto: AttoConfig, *, counts: MediaCounts, share: Share) -> float:
+    """Patches to latents."""
+    rows = counts.clean + (0 if media.causal else counts.noised)
+    film = 2 * atto.width if media.time_conditioning == "adaln_preludio_coda" and not media.causal else 0
+    return share.size * rows * (media.patch_scalars + film) + _cells(media, 2 * counts.spans, share)
+
+
+def media_coda(media: MediaConfig, atto: AttoConfig, *, counts: MediaCounts, share: Share) -> float:
+    """Latents and noised patches to squared errors."""
+    width, layers = media.coda_width, 0 if media.coda == "linear" else media.coda_layers
+    numbers = atto.width + 2 * width + 4 * media.patch_scalars  # latent; last norm; input, gain, patch, error
+    numbers += layers * 10 * width  # stream, norm; gate, up, silu, product of twice the width
+    if media.coda == "dit":
+        numbers += layers * (8 * width + width // media.coda_heads)
+    if media.time_conditioning == "adaln_preludio_coda":
+        numbers += (1 + (media.coda == "dit")) * layers * 4 * width
+    weights = layers * _attention(media.coda_heads, counts.pairs.computed, counts.noised, share)
+    return (
+        share.size * counts.noised * numbers
+        + _cells(media, counts.spans, share)
+        + (weights if media.coda == "dit" else 0.0)
+    )
+
+
+def _cells(media: MediaConfig, canvases: int, share: Share) -> float:
+    """Convolutions: what enters, the stream, its norm, two inner rows and the answers, over whole canvases."""
+    if not media.unet_width:
+        return 0.0
+    cells = prod(media.places) * media.patch**media.rank
+    return share.size * canvases * cells * (media.channels + 6 * media.unet_width)
+
+
+def kept_by_part(model: ModelConfig, counts: Counts, share: Share) -> dict[str, float]:
+    """Bytes of every part but the Atto, by the names of `parts`."""
+    found = {
+        "preludio/text": text_preludio(model, counts.read, share),
+        "coda/text": text_coda(model, counts.text, share),
+        "router": share.size * counts.questions * model.atto.width,
+    }
+    for name, media in model.media.items():
+        one = counts.media.get(name, MediaCounts())
+        found[f"preludio/{name}"] = media_preludio(media, model.atto, counts=one, share=share)
+        found[f"coda/{name}"] = media_coda(media, model.atto, counts=one, share=share)
+    return found

@@ -1,0 +1,183 @@
+"""Expected time of one step: products over a calibrated rate, bytes over calibrated links, and the pipeline's bubble.
+
+Nothing overlaps here: the hosts reduce gradients after the schedule, and tensor-parallel sums stand in the way of the
+next product. So this is an upper bound where a later host hides some of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import ceil
+
+from matformer.config.device import DeviceConfig
+from matformer.config.schema import ModelConfig, RunConfig
+from matformer.parallel.counts import Counts
+from matformer.parallel.flops import Flops, batch_flops, flops_by_part
+from matformer.parallel.memory import LARGEST_BUCKET, Stage, microbatches, parameters_of_stage, size_of, stages
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes that one rank sends in a step, by axis."""
+
+    tensor: float
+    pipeline: float
+    data: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Seconds of one step; `share` of the peak in model FLOPs (MFU)."""
+
+    compute: float
+    tensor: float
+    pipeline: float
+    bubble: float
+    data: float
+    update: float
+    share: float
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.tensor + self.pipeline + self.bubble + self.data + self.update
+
+
+def step_time(config: RunConfig, counts: Counts, device: DeviceConfig, *, shared_encoders: bool = False) -> StepTime:
+    """Of the config's plan on these devices. shared_encoders: a TP rank encodes 1 / tp of the units, not all."""
+    many, all_stages = microbatches(config), stages(config)
+    computes = [_compute(config, counts, stage, device, shared=shared_encoders) for stage in all_stages]
+    sums = [_tensor_seconds(config, counts, stage, device) for stage in all_stages]
+    slowest = max(range(len(all_stages)), key=lambda number: computes[number] + sums[number])
+    one = computes[slowest] + sums[slowest]
+    filled = sum(computes) + sum(sums)  # one microbatch through all stages, forward and backward
+    pipeline = many * _pipeline_seconds(config, counts, device)
+    data, update = _largest_ends(config, device)
+    seconds = StepTime(
+        compute=many * computes[slowest],
+        tensor=many * sums[slowest],
+        pipeline=pipeline,
+        bubble=filled - one,
+        data=data,
+        update=update,
+        share=0.0,
+    )
+    total = config.parallel.dp * many * batch_flops(config.model, counts)
+    share = total / (seconds.total * config.parallel.ranks * device.peak_tflops * 1e12)
+    return replace(seconds, share=share)
+
+
+def bubble_share(config: RunConfig) -> float:
+    """Of the pipeline's time in which a stage waits, were all stages alike: (pp - 1) / (m + pp - 1)."""
+    pp = config.parallel.pp
+    return (pp - 1) / (microbatches(config) + pp - 1)
+
+
+def _rate(width: float, device: DeviceConfig) -> float:
+    """FLOPs a second of products of this width on one rank."""
+    return device.peak_tflops * 1e12 * device.achieved_share * width / (width + device.half_width)
+
+
+def _compute(config: RunConfig, counts: Counts, stage: Stage, device: DeviceConfig, *, shared: bool) -> float:
+    """Seconds of one microbatch's products on a stage, both ways."""
+    model, tp = config.model, config.parallel.tp
+    by_part = flops_by_part(model, counts)
+    atto = by_part.pop("atto").total * stage.layers / model.atto.layers / tp
+    seconds = atto / _rate(model.atto.width / tp, device)
+    for name, flops in by_part.items():
+        if (name.startswith("preludio/") and stage.is_first) or (
+            name.startswith(("coda/", "router")) and stage.is_last
+        ):
+            seconds += _part_seconds(model, name, flops, device) / (tp if shared else 1)
+    return seconds
+
+
+def _part_seconds(model: ModelConfig, name: str, flops: Flops, device: DeviceConfig) -> float:
+    medium = name.split("/")[-1]
+    width = model.media[medium].coda_width if medium in model.media else model.text.width
+    return flops.total / _rate(width, device)
+
+
+def _boundary(config: RunConfig, counts: Counts) -> float:
+    """Bytes of the residual stream of one microbatch."""
+    return counts.positions * config.model.atto.width * size_of(config.parallel)
+
+
+def traffic(config: RunConfig, counts: Counts) -> Traffic:
+    """Of the rank that sends most."""
+    many, parallel = microbatches(config), config.parallel
+    layers = max(stage.layers for stage in stages(config))
+    data = max(_reduced_bytes(config, stage) for stage in stages(config))
+    sent = _boundary(config, counts) / (parallel.tp if parallel.sequence_parallel else 1)
+    return Traffic(
+        tensor=many * layers * _layer_bytes(config, counts),
+        pipeline=many * (2.0 if parallel.pp > 2 else float(parallel.pp == 2)) * sent,
+        data=data,
+    )
+
+
+def _layer_bytes(config: RunConfig, counts: Counts) -> float:
+    """A layer and microbatch: four sums over TP of the stream (two a way); each is a scatter and a gather.
+
+    Under sequence parallelism two more gathers, of the norms' answers on the way back.
+    """
+    parallel = config.parallel
+    part = (parallel.tp - 1) / parallel.tp * _boundary(config, counts)
+    return part * (10 if parallel.sequence_parallel else 8)
+
+
+def _tensor_seconds(config: RunConfig, counts: Counts, stage: Stage, device: DeviceConfig) -> float:
+    if config.parallel.tp == 1:
+        return 0.0
+    inside = config.parallel.tp <= device.devices_a_node
+    rate = (device.in_node_gb_s if inside else device.between_nodes_gb_s) * 1e9
+    return stage.layers * (_layer_bytes(config, counts) / rate + 8 * device.latency_us * 1e-6)
+
+
+def _pipeline_seconds(config: RunConfig, counts: Counts, device: DeviceConfig) -> float:
+    """A microbatch's stream sent on, and its gradient sent back."""
+    parallel = config.parallel
+    if parallel.pp == 1:
+        return 0.0
+    sent = _boundary(config, counts) / (parallel.tp if parallel.sequence_parallel else 1)
+    inside = parallel.ranks <= device.devices_a_node
+    rate = (device.in_node_gb_s if inside else device.between_nodes_gb_s) * 1e9
+    return 2 * (sent / rate + device.latency_us * 1e-6)
+
+
+def _reduced_bytes(config: RunConfig, stage: Stage) -> float:
+    """A rank's bytes over DP in a step: gradients reduced, weights gathered (ZeRO 2 and 3: in each microbatch)."""
+    parallel, many = config.parallel, microbatches(config)
+    number, size = parameters_of_stage(config.model, stage, tp=parallel.tp), size_of(parallel)
+    part = (parallel.dp - 1) / parallel.dp * number
+    if parallel.zero_stage == 1:  # BF16_Optimizer sums all of them, the other sends each to its owner
+        return part * (2 * size if size == 2 else size) + part * size
+    if parallel.zero_stage == 2:
+        return many * part * size + part * size
+    return many * 3 * part * size
+
+
+def _largest_ends(config: RunConfig, device: DeviceConfig) -> tuple[float, float]:
+    """Seconds of reducing and of the update, of the stage that takes longest."""
+    found = [(_data_seconds(config, stage, device), _update_seconds(config, stage, device)) for stage in stages(config)]
+    return max(found, key=sum)
+
+
+def _data_seconds(config: RunConfig, stage: Stage, device: DeviceConfig) -> float:
+    parallel = config.parallel
+    if parallel.dp == 1:
+        return 0.0
+    inside = parallel.ranks <= device.devices_a_node
+    rate = (device.in_node_gb_s if inside else device.between_nodes_gb_s) * 1e9
+    number = parameters_of_stage(config.model, stage, tp=parallel.tp)
+    calls = 2 * ceil(number / LARGEST_BUCKET) * (1 if parallel.zero_stage == 1 else microbatches(config))
+    if parallel.zero_stage == 3:  # every matrix of a layer by itself, both ways
+        calls += microbatches(config) * stage.layers * 2 * 6
+    return _reduced_bytes(config, stage) / rate + calls * device.latency_us * 1e-6
+
+
+def _update_seconds(config: RunConfig, stage: Stage, device: DeviceConfig) -> float:
+    """Masters, moments and gradients read and written once, the average and the weights too."""
+    number = parameters_of_stage(config.model, stage, tp=config.parallel.tp)
+    own = number / config.parallel.dp
+    average = own if config.parallel.zero_stage == 3 else number
+    return (28 * own + 16 * average) / (device.memory_gb_s * 1e9)
