@@ -196,6 +196,7 @@ class Batch:
     num_bytes: raw bytes that the text symbols stand for (`<end>` is none): the divisor of bits per byte.
     trees: of modalities whose noised copies stand in trees.
     num_documents: E, documents numbered over the microbatch; document_keys names them for reports ("source/key").
+    flops: of its forward and backward, estimated; 0 where nobody asked.
     exchange: set where text, read, media and route are one rank's share of the microbatch; then times: those that the
     Atto's layers are told, of all of it.
     """
@@ -209,6 +210,7 @@ class Batch:
     num_bytes: int
     num_documents: int
     document_keys: tuple[str, ...]
+    flops: int = 0
     exchange: Exchange | None = None
     times: PositionTimes | None = None
 

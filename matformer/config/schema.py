@@ -314,6 +314,9 @@ class ParallelConfig(Section):
     offload_optimizer: bool = Field(default=False, description="ZeRO 2 and 3: masters and moments in CPU memory")
     sequence_parallel: bool = Field(default=False, description="shard the norms along the sequence (tp > 1)")
     zero_stage: Literal[1, 2, 3] = 1
+    balance_ranks: Positive = Field(
+        default=8, description="most data-parallel ranks that deal their rows out by FLOPs; each reads the rows of all"
+    )
     dtype: Literal["float32", "bfloat16"] = "float32"
     host: Literal["megatron", "plain"] = Field(default="megatron", description="plain: one rank, torch alone")
     threads: Natural = Field(default=0, description="CPU threads a rank; 0: OMP_NUM_THREADS, else a share of the cores")

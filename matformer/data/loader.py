@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,8 +25,10 @@ from matformer.data.packing import (
     pack_batch,
     with_noise,
 )
+from matformer.data.row_cost import row_flops
 from matformer.data.sources import Document, MediaSpan, Role, Source, Stream, TextSpan, open_source
 from matformer.errors import ConfigError, DataError, ParcelError
+from matformer.parallel.balance import deal_rows, ranks_that_share
 from matformer.parallel.seeds import Permutation
 from matformer.parcels import Batch
 
@@ -81,11 +84,23 @@ class Lane:
             self._place = Place(*at)
 
 
+class Row(NamedTuple):
+    """A sequence to be packed: its lane, what stands in it, and its estimated FLOPs."""
+
+    lane: int
+    pieces: list[Piece]
+    flops: int
+
+
 class Loader:
     """The share of one data-parallel rank in every global batch.
 
-    Global batch n is the next sequence of lanes (n * G + i) mod L, i = 0 .. G - 1; rank r of dp serves i = r mod dp.
-    `state()` holds this rank's lanes after the last batch it gave; states of all ranks merge to one that any dp loads.
+    Global batch n is the next sequence of lanes (n * G + i) mod L, i = 0 .. G - 1. Rows i = r mod dp are rank r's, but
+    that neighbouring ranks (`parallel.balance_ranks`) put theirs together and deal them out by estimated FLOPs, as many
+    to each: every one of them reads the rows of all, and packs its own. Which rows a step has, and what is drawn for
+    them, does not depend on who takes them.
+    `state()` holds the lanes that this rank reads after the last batch it gave; states of all ranks merge to one that
+    any dp loads.
     """
 
     def __init__(
@@ -99,7 +114,8 @@ class Loader:
         }
         check_same({source.reader.folder: source.reader.manifest for source in self.sources.values()})
         self._rank, self._dp_size = dp_rank, dp_size
-        self._own = range(dp_rank, config.data.lanes, dp_size)
+        self._sharing = ranks_that_share(dp_size, most=config.parallel.balance_ranks)
+        self._own = [lane for lane in range(config.data.lanes) if self._is_near(lane % dp_size)]
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="loader", initializer=_alone) if prefetch else None
         self._pending: Future[tuple[list[Batch], State]] | None = None
         self._begin()
@@ -164,17 +180,31 @@ class Loader:
     def _make(self, step: int, state: State) -> tuple[list[Batch], State]:
         data, train = self.config.data, self.config.train
         lanes = [
-            (step * train.global_batch + i) % data.lanes for i in range(self._rank, train.global_batch, self._dp_size)
+            (step * train.global_batch + i) % data.lanes
+            for i in range(train.global_batch)
+            if self._is_near(i % self._dp_size)
         ]
+        rows = [self._row(lane) for lane in lanes]
+        own = deal_rows([row.flops for row in rows], ranks=self._sharing)[self._rank % self._sharing]
         batches = [
-            self._microbatch(step, lanes[first : first + train.micro_batch])
-            for first in range(0, len(lanes), train.micro_batch)
+            self._microbatch(step, [rows[number] for number in own[first : first + train.micro_batch]])
+            for first in range(0, len(own), train.micro_batch)
         ]
         changed = {str(lane): self._lanes[lane].state() for lane in lanes}
         return batches, {**state, "step": step + 1, "lanes": {**state["lanes"], **changed}}
 
-    def _microbatch(self, step: int, lanes: Sequence[int]) -> Batch:
+    def _is_near(self, rank: int) -> bool:
+        """Whether that data-parallel rank puts its rows together with this one."""
+        return rank // self._sharing == self._rank // self._sharing
+
+    def _row(self, lane: int) -> Row:
+        data = self.config.data
+        pieces = self._lanes[lane].next_sequence()
+        return Row(lane, pieces, row_flops(pieces, model=self.config.model, sequence_latents=data.sequence_latents))
+
+    def _microbatch(self, step: int, rows: Sequence[Row]) -> Batch:
         data, seed = self.config.data, self.config.seed
+        lanes = [row.lane for row in rows]
         draws = [
             draw_training_noise(
                 seed=seed,
@@ -188,8 +218,9 @@ class Loader:
         ]
         abreast = self.config.train.global_batch
         masks = [draw_training_masks(seed=seed, step=step, lane=lane, lanes=abreast) for lane in lanes]
-        rows = [self._lanes[lane].next_sequence() for lane in lanes]
-        return pack_batch(rows, draws, masks=masks, model=self.config.model, sequence_latents=data.sequence_latents)
+        pieces, model = [row.pieces for row in rows], self.config.model
+        batch = pack_batch(pieces, draws, masks=masks, model=model, sequence_latents=data.sequence_latents)
+        return replace(batch, flops=sum(row.flops for row in rows))
 
 
 def _alone() -> None:

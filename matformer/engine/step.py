@@ -40,21 +40,26 @@ def loss_weights(config: RunConfig) -> dict[str, float]:
 
 
 def global_counts(batches: Sequence[Batch], groups: Groups) -> dict[str, float]:
-    """Terms of every loss, bytes and positions of the global batch: known before the forward. Collective over DP."""
+    """Terms of every loss, bytes, positions and FLOPs of the global batch, and most FLOPs of a rank: known before the
+    forward. Collective over DP.
+    """
     rows = [
         {
             **batch.counts(),
             "bytes": float(batch.num_bytes),
             "latents": float((batch.grid.kind_BS != Kind.PAD).sum()),
+            "flops": float(batch.flops),
         }
         for batch in batches
     ]
     names = list(rows[0])
     totals = torch.tensor([sum(row[name] for row in rows) for name in names], dtype=torch.float64)
+    most = totals[names.index("flops")].clone()
     if groups.dp_size > 1:
-        totals = on_comm_device(totals)
+        totals, most = on_comm_device(totals), on_comm_device(most)
         dist.all_reduce(totals, group=groups.dp)
-    return dict(zip(names, totals.tolist(), strict=True))
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=groups.dp)
+    return dict(zip(names, totals.tolist(), strict=True)) | {"most_flops": float(most)}
 
 
 def on_comm_device(values: Tensor) -> Tensor:
@@ -104,6 +109,9 @@ def metrics_row(numbers: StepNumbers, config: RunConfig) -> dict[str, float]:
     row["router/accuracy"] = sums["router_right"] / max(counts["router"], 1.0)
     if sums["span_ends"]:
         row["router/span_end_accuracy"] = sums["span_ends_right"] / sums["span_ends"]
+    if counts["flops"]:
+        row["flops"] = counts["flops"]
+        row["flops_max_over_mean"] = counts["most_flops"] * config.parallel.dp / counts["flops"]
     if numbers.skipped:
         row["skipped"] = 1.0
     return row

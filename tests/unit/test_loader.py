@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from matformer.config.schema import RunConfig
+from matformer.config.schema import ParallelConfig, RunConfig
 from matformer.data.holdings import scored_sources
 from matformer.data.loader import Loader, heldout_batches, heldout_documents, merge_states
 from matformer.data.mixture import BadSamples, Mixture
@@ -480,8 +480,25 @@ def test_configs_that_cannot_run_are_refused(root: Path) -> None:
         Loader(config(root), dp_size=4)
 
 
+def test_a_step_has_the_same_rows_whoever_packs_them(root: Path) -> None:
+    """Rows are told by their documents; the ranks of a group deal them out by FLOPs."""
+
+    def rows(dp_size: int, balance: int) -> list[list[str]]:
+        asked = config(root).model_copy(update={"parallel": ParallelConfig(balance_ranks=balance, dp=dp_size)})
+        loaders = [Loader(asked, dp_rank=rank, dp_size=dp_size, prefetch=False) for rank in range(dp_size)]
+        steps = []
+        for step in range(STEPS):
+            batches = [batch for loader in loaders for batch in loader.next_global_batch(step)]
+            assert all(len(batch.grid.kind_BS) == 2 and batch.flops > 0 for batch in batches)
+            steps.append(sorted({key for batch in batches for key in batch.document_keys}))
+        return steps
+
+    assert rows(2, 8) == rows(2, 1) == rows(1, 8)
+
+
 def test_a_state_of_other_lanes_or_missing_lanes_is_refused(root: Path) -> None:
-    state = Loader(config(root), dp_rank=0, dp_size=2, prefetch=False).state()
+    alone = config(root).model_copy(update={"parallel": ParallelConfig(balance_ranks=1)})
+    state = Loader(alone, dp_rank=0, dp_size=2, prefetch=False).state()
     with pytest.raises(DataError, match="every lane"):
         Loader(config(root)).load_state(state)
     with pytest.raises(DataError, match=r"data\.lanes"):
