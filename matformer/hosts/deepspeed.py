@@ -72,6 +72,7 @@ def engine_config(config: RunConfig, *, parameters: int) -> dict[str, Any]:
     if plan.dtype == "bfloat16":
         keys["bf16"] = {"enabled": True, "immediate_grad_update": True}
         keys["data_types"] = {"grad_accum_dtype": "fp32"}
+        keys["communication_data_type"] = "fp32"  # else the sum is rounded to bfloat16 on its way, with one rank too
     return keys
 
 

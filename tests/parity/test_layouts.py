@@ -369,7 +369,7 @@ def test_a_planted_fault_is_seen(fault: str, name: str, world: World) -> None:
         assert_same_run(trained, reference(mixed_steps))
 
 
-@pytest.mark.parametrize("name", ["dp2", "tp2"])
+@pytest.mark.parametrize("name", ["dp2", "tp2", "dp2 zero2", "dp2 zero3"])
 def test_bfloat16_learns_what_float32_learns(name: str, world: World) -> None:
     steps = mixed_steps()[:1] * 8
     plain = cases.train_plain(tiny_run(layers=LAYERS), steps)

@@ -18,6 +18,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from megatron.core import parallel_state
 
+    from matformer.hosts import deepspeed as zero
     from matformer.hosts.hosted import MegatronHost
     from matformer.hosts.layout import to_global, to_local
     from matformer.hosts.megatron import AttoNorm, HeadNorm, ModulatedLayer, run_schedule
@@ -107,6 +108,41 @@ def _train(host: Host, config: RunConfig, steps: Sequence[GlobalBatch]) -> Train
             first = host.state().moments["exp_avg"]
             gradients = _arrays({name: value / (1 - config.train.betas[0]) for name, value in first.items()})
     return Trained(losses, norms, gradients, _arrays(host.state().weights))
+
+
+def accumulate(config: RunConfig, batches: GlobalBatch, planted: Mapping[str, Any]) -> tuple[Arrays, Arrays]:
+    """The gradient of a global batch as the optimizer gets it; and the same gradients of microbatches, in float32.
+
+    planted: keys of DeepSpeed that are set otherwise than we do.
+    """
+    keys = zero.engine_config
+
+    def planted_keys(config: RunConfig, *, parameters: int) -> dict[str, Any]:
+        return {**keys(config, parameters=parameters), **planted}
+
+    zero.engine_config = planted_keys
+    try:
+        with hosted(config) as host:
+            expected = _added_by_hand(host, batches, config)
+            optimizer_step(host, batches, config=config, step=0)
+            first = host.state().moments["exp_avg"]
+            return _arrays({name: value / (1 - config.train.betas[0]) for name, value in first.items()}), expected
+    finally:
+        zero.engine_config = keys
+
+
+def _added_by_hand(host: MegatronHost, batches: GlobalBatch, config: RunConfig) -> Arrays:
+    """Sum in float32 of each microbatch's gradients in bfloat16; the model alone, no engine."""
+    objective, names = _objective(batches, config, groups=host.groups), dict(host.model.named_parameters())
+    totals = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in names.items()}
+    for batch in batches:
+        loss = objective(host.model(batch))
+        gradients = torch.autograd.grad(loss, list(names.values()), allow_unused=True)
+        for name, gradient in zip(names, gradients, strict=True):
+            if gradient is not None:
+                totals[name] += gradient
+    pieces = (to_global(total, host.layouts[name], groups=host.groups) for name, total in totals.items())
+    return _arrays({piece: tensor for each in pieces for piece, tensor in each})
 
 
 def double_plain(config: RunConfig, batches: GlobalBatch) -> Arrays:

@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 CONFIG = "configs/run/demo.yaml"
 STEPS, SAVED_EVERY = 8, 3
-# Media stand in the first steps, text alone in the last ones; 132 latents hold the longest sound twice, and two tensor ranks halve them.
+# Media stand in the first steps, text alone in the last ones; 132 latents hold the longest sound twice, and halve.
 TINY = (
     "model.atto={width: 64, layers: 2, heads: 4, kv_heads: 2, ffn_width: 96, rotary_pairs: [2, 2, 2, 2]}",
     "model.text={width: 32, heads: 2, ffn_width: 48, preludio_layers: 1, coda_layers: 1, window: 16, ngram_rows: 256}",
