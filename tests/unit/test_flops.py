@@ -70,7 +70,7 @@ def counted_parts(model: Matformer, batch: Batch) -> dict[str, Flops]:
     """Each part alone, on inputs that take a gradient where they are not data."""
     size = batch.grid.kind_BS.numel()
     latent_LH = torch.randn(size, model.model_config.atto.width, requires_grad=True)
-    hidden = torch.randn(*batch.grid.kind_BS.shape, model.model_config.atto.width, requires_grad=True)
+    hidden = torch.randn(size, model.model_config.atto.width, requires_grad=True)
     input_UD = torch.randn(batch.text.symbol_U.numel(), model.model_config.text.width, requires_grad=True)
     handed = (input_UD,) if model.model_config.text.coda_input == "preludio" else ()
 
@@ -79,7 +79,7 @@ def counted_parts(model: Matformer, batch: Batch) -> dict[str, Flops]:
         return [kind, *buckets.values()]
 
     found = {
-        "start": counted(lambda: [model.start(batch.grid)]),
+        "start": counted(lambda: [model.start(batch.grid.kind_BS.flatten())]),
         "preludio/text": counted(lambda: [model.preludi["text"](batch.read)[0]]),
         "atto": counted(lambda: [model.atto(hidden, model.view(batch))]),
         "router": counted(routed),
