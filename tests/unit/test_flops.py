@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from matformer.atto.masks import visible, visible_with_noised_context
 from matformer.config.schema import ModelConfig
 from matformer.data.counts import counts_of
+from matformer.data.sources import media_span
 from matformer.hosts.plain import plain_trunk
 from matformer.layers.local_attention import Folded, window_of
 from matformer.model import Matformer
@@ -37,6 +38,7 @@ MODELS = {
     "adaln atto": with_media(MODEL, time_conditioning="adaln_atto"),
     "unet": with_media(MODEL, unet_width=4),
     "next latent": with_media(MODEL, objective="next_latent"),
+    "trees": with_media(MODEL, budget={"share": 0.5, "levels": 1, "noised_tree": "own"}),
     "noised context": with_media(MODEL, media_context="noised"),
 }
 
@@ -48,8 +50,12 @@ def model(request: pytest.FixtureRequest) -> ModelConfig:
 
 def batch_of(model: ModelConfig) -> Batch:
     """Two rows of two documents: text, both media, generated and given; padding at the end."""
-    first = [document("a", b"a red square ", image(1), b" on grass"), document("b", audio(2, role="given"), b"hello")]
-    second = [document("c", b"\x00\xff" * 30), document("d", image(3, wide=True), audio(4, long=True), b"!")]
+    picture, sound, wide, long = (
+        media_span(one.latent, one.modality, media=model.media[one.modality], role=one.role)  # in the model's own trees
+        for one in (image(1), audio(2, role="given"), image(3, wide=True), audio(4, long=True))
+    )
+    first = [document("a", b"a red square ", picture, b" on grass"), document("b", sound, b"hello")]
+    second = [document("c", b"\x00\xff" * 30), document("d", wide, long, b"!")]
     batch = packed([first, second], length=LENGTH, model=model)
     if model.text.vocabulary is None:
         return batch
@@ -76,7 +82,8 @@ def counted_parts(model: Matformer, batch: Batch) -> dict[str, Flops]:
 
     def routed() -> list[Tensor]:
         kind, buckets = model.router(latent_LH, batch.route)
-        return [kind, *buckets.values()]
+        trees = [model.router.tree_head[name](latent_LH, units) for name, units in batch.trees.items()]
+        return [kind, *buckets.values(), *trees]
 
     found = {
         "start": counted(lambda: [model.start(batch.grid.kind_BS.flatten())]),
@@ -146,6 +153,12 @@ def test_pairs_of_windows_are_those_of_chunks() -> None:
             seen = int(folded.visible_CWT.flatten(0, 1)[: len(piece)].sum())
             assert window_pairs(sizes, window=window, both_ways=both_ways) == seen
             assert folded_pairs(len(piece), window=window, both_ways=both_ways) == folded.visible_CWT.numel()
+
+
+def test_trees_have_leaves_and_blocks_that_are_asked() -> None:
+    model = MODELS["trees"]
+    for one in counts_of(batch_of(model), model).media.values():
+        assert sum(one.leaves) > 0 and one.trees > 0 and one.blocks >= one.trees
 
 
 def test_a_batch_of_text_alone_costs_nothing_in_media() -> None:
