@@ -48,9 +48,9 @@ class Stage:
 
 
 def stages(config: RunConfig) -> list[Stage]:
-    """All stages, layers in equal shares."""
-    pp = config.parallel.pp
-    return [Stage(number, pp, config.model.atto.layers // pp) for number in range(pp)]
+    """One a pipeline rank, with the layers of all its stages."""
+    pp, layers = config.parallel.pp, config.parallel.layers_of_stages(config.model.atto.layers)
+    return [Stage(number, pp, sum(layers[number::pp])) for number in range(pp)]
 
 
 def microbatches(config: RunConfig) -> int:

@@ -17,7 +17,7 @@ from matformer.data.sources import media_span
 from matformer.hosts.plain import plain_trunk
 from matformer.layers.local_attention import Folded, window_of
 from matformer.model import Matformer
-from matformer.parallel.counts import document_pairs, folded_pairs, window_pairs
+from matformer.parallel.counts import Run, document_pairs, folded_pairs, window_pairs
 from matformer.parallel.flops import Flops, added, batch_flops, flops_by_part
 from matformer.parallel.parameters import parameters_by_part
 from matformer.parcels import Batch, Kind
@@ -138,7 +138,7 @@ def test_attention_of_the_mask_costs_less_than_what_is_multiplied() -> None:
 
 def test_pairs_of_a_document_are_those_of_the_pictures_mask() -> None:
     """The sequence drawn in atto/masks.py: s a b h, n n, c c, e d."""
-    runs = [("causal", 4), ("noised", 2), ("clean", 2), ("causal", 2)]
+    runs: list[Run] = [("causal", 4), ("noised", 2), ("clean", 2), ("causal", 2)]
     assert document_pairs(runs) == 10 + 2 * 6 + 2 * 6 + 7 + 8
     assert document_pairs([("causal", 4), ("noised", 2), ("causal", 1)], noised_context=True) == 10 + 12 + 7
     assert document_pairs([("causal", 2), ("blind", 3), ("clean", 2), ("causal", 1)]) == 3 + 2 + 2 * 4 + 2 * 4 + 5

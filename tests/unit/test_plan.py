@@ -18,7 +18,7 @@ from matformer.errors import ConfigError
 from matformer.parallel.counts import document_pairs
 from matformer.parallel.expected import Guess, expected_counts, guess_of, heaviest_counts
 from matformer.parallel.layouts import Estimate, estimate, estimates, no_layout
-from matformer.parallel.memory import Stage, worst_rank
+from matformer.parallel.memory import Stage, stages, worst_rank
 from matformer.parallel.parameters import parameters_by_part
 from matformer.parallel.tables import best, plan_file
 from matformer.plan import main
@@ -81,6 +81,13 @@ def test_each_axis_takes_memory_away() -> None:
 def test_a_stage_holds_as_many_microbatches_as_follow_it() -> None:
     assert [Stage(number, 4, 6).in_flight(16) for number in range(4)] == [4, 3, 2, 1]
     assert [Stage(number, 4, 6).in_flight(2) for number in range(4)] == [2, 2, 2, 1]
+
+
+def test_layers_of_uneven_stages_are_those_of_the_config() -> None:
+    run = run_of("1b", "parallel.pp=2", "parallel.stage_layers=[10,14]")
+    assert [stage.layers for stage in stages(run)] == [10, 14]
+    run = run_of("1b", "parallel.pp=2", "parallel.virtual_stages=2", "parallel.stage_layers=[4,7,6,7]")
+    assert [stage.layers for stage in stages(run)] == [10, 14]
 
 
 def test_the_bubble_is_that_of_1f1b() -> None:
