@@ -90,10 +90,10 @@ def _cluster(config: RunConfig, asked: argparse.Namespace) -> list[str]:
     lines += _table(tables.parts_rows(config, guess), head=tables.PARTS_HEAD)
     lines += ["", *_table([tables.guess_row(guess), ("device", f"{device.name}: {device.source}")])]
     if config.parallel.ranks == asked.gpus:
-        own = estimate(config, guess, device, shared_encoders=asked.shared_encoders)
+        own = estimate(config, guess, device)
         lines += ["", "the config's own layout", *_table([tables.layout_row(own, device)], head=tables.LAYOUTS_HEAD)]
         lines += _table(tables.detail_rows(own, device))
-    found = estimates(config, guess, device, gpus=asked.gpus, shared_encoders=asked.shared_encoders)
+    found = estimates(config, guess, device, gpus=asked.gpus)
     chosen = tables.best(found, device, count=asked.best)
     if not chosen:
         raise no_layout(config, gpus=asked.gpus)
@@ -157,9 +157,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--best", type=int, default=5, metavar="N", help="with --gpus: how many layouts are shown")
     parser.add_argument("--write", metavar="FILE", help="with --gpus: write the best layout as a file of configs/plan")
-    parser.add_argument(
-        "--shared-encoders", action="store_true", help="with --gpus: Preludi and Code shared out over tensor ranks"
-    )
     answers = parser.add_mutually_exclusive_group()
     answers.add_argument("--check", action="store_true", help="say nothing when the config can run")
     answers.add_argument("--ranks", action="store_true", help="say only the number of ranks")

@@ -5,10 +5,12 @@ Linear in the number of positions: no S x S mask is made. The tests hold it to t
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from jaxtyping import Int
 
-from matformer.config.schema import ModelConfig
+from matformer.config.schema import MediaConfig, ModelConfig
 from matformer.layers.tiles import ROWS, even_rows
 from matformer.parallel.counts import Counts, MediaCounts, Pairs, TextCounts
 from matformer.parcels import Batch, Grid, Kind, MediaUnits, TextUnits
@@ -19,7 +21,10 @@ TEXT = 0  # index of the modality
 def counts_of(batch: Batch, model: ModelConfig) -> Counts:
     """Of a microbatch on the CPU. `computed` pairs are those of tiles (layers/tiles.py)."""
     begins = model.text.coda_input == "preludio"
-    media = {name: _media_counts(batch.media[name], window=one.coda_window) for name, one in model.media.items()}
+    media = {name: _media_counts(batch.media[name], media=one) for name, one in model.media.items()}
+    for name, trees in batch.trees.items():
+        asked = {"trees": trees.slot_J.numel(), "blocks": trees.tree_K.numel()}
+        media[name] = replace(media[name], **asked)
     return Counts(
         positions=batch.grid.kind_BS.numel(),
         atto=atto_pairs(batch.grid, noised_context=model.media_context == "noised"),
@@ -36,7 +41,7 @@ def _text_counts(units: TextUnits, model: ModelConfig, *, begins: bool) -> TextC
     return TextCounts(int(size.sum()), units.symbol_U.numel(), units.slot_P.numel(), pairs)
 
 
-def _media_counts(units: MediaUnits, *, window: int) -> MediaCounts:
+def _media_counts(units: MediaUnits, *, media: MediaConfig) -> MediaCounts:
     span_Q = units.span_N[units.noised_row_Q].numpy()
     size = np.diff(np.flatnonzero(np.diff(span_Q, prepend=-1, append=-1)))
     return MediaCounts(
@@ -45,8 +50,18 @@ def _media_counts(units: MediaUnits, *, window: int) -> MediaCounts:
         spans=units.bucket_J.numel(),
         times=units.time_T.numel(),
         told=units.time_span_Q.numel(),
-        pairs=local_pairs(size, window=window, both_ways=True),
+        leaves=_leaves(units, media),
+        pairs=local_pairs(size, window=media.coda_window, both_ways=True),
     )
+
+
+def _leaves(units: MediaUnits, media: MediaConfig) -> tuple[int, ...]:
+    """Of level 1, 2, ... of a budget's trees: 2^(rank * level) patches share one."""
+    if media.budget is None:
+        return ()
+    level_Q = np.concatenate([units.noised_level_Q.numpy(), units.clean_level_Q.numpy()])
+    patches = np.bincount(level_Q, minlength=media.budget.levels + 1)
+    return tuple(int(patches[level]) >> (media.rank * level) for level in range(1, media.budget.levels + 1))
 
 
 def local_pairs(size: Int[np.ndarray, " pieces"], *, window: int, both_ways: bool) -> Pairs:

@@ -36,6 +36,7 @@ class MediaCounts:
     """Patches of one latent modality.
 
     noised, clean: rows of each kind. spans: J. times: T, the different times. told: rows that hold nothing but t.
+    leaves: of a budget's trees, those of level 1, 2, ...; blocks: of `trees` trees, asked whether they are split.
     pairs: of one layer of a Coda that attends.
     """
 
@@ -44,6 +45,9 @@ class MediaCounts:
     spans: int = 0
     times: int = 0
     told: int = 0
+    leaves: tuple[int, ...] = ()
+    trees: int = 0
+    blocks: int = 0
     pairs: Pairs = Pairs()
 
 

@@ -35,22 +35,16 @@ class Estimate:
         return self.memory.peak <= device.usable_bytes
 
 
-def estimate(config: RunConfig, guess: Guess, device: DeviceConfig, *, shared_encoders: bool = False) -> Estimate:
+def estimate(config: RunConfig, guess: Guess, device: DeviceConfig) -> Estimate:
     """Memory of the worst rank under the worst source, time under the mixture."""
     memory = max((worst_rank(config, counts) for counts in heaviest_counts(config, guess)), key=lambda one: one.peak)
     counts = expected_counts(config, guess)
-    time = step_time(config, counts, device, shared_encoders=shared_encoders)
-    return Estimate(config, memory, time, traffic(config, counts), bubble_share(config))
+    return Estimate(config, memory, step_time(config, counts, device), traffic(config, counts), bubble_share(config))
 
 
-def estimates(
-    config: RunConfig, guess: Guess, device: DeviceConfig, *, gpus: int, shared_encoders: bool = False
-) -> list[Estimate]:
+def estimates(config: RunConfig, guess: Guess, device: DeviceConfig, *, gpus: int) -> list[Estimate]:
     """Of every layout of `gpus` ranks that breaks no rule, the fastest first."""
-    found = [
-        estimate(one, guess, device, shared_encoders=shared_encoders)
-        for one in allowed(config, gpus=gpus, device=device)
-    ]
+    found = [estimate(one, guess, device) for one in allowed(config, gpus=gpus, device=device)]
     return sorted(found, key=lambda one: one.time.total)
 
 

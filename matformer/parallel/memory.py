@@ -36,15 +36,21 @@ class Stage:
     def is_last(self) -> bool:
         return self.number == self.count - 1
 
+    def holds(self, part: str) -> bool:
+        """Whether a part beside the Atto, by its name in `parts`, is here."""
+        if part == "start" or part.startswith("preludio/"):
+            return self.is_first
+        return self.is_last and (part == "router" or part.startswith("coda/"))
+
     def in_flight(self, microbatches: int) -> int:
         """Microbatches whose activations wait here at once under 1F1B."""
         return min(self.count - self.number, microbatches)
 
 
 def stages(config: RunConfig) -> list[Stage]:
-    """All stages, layers in equal shares."""
-    pp = config.parallel.pp
-    return [Stage(number, pp, config.model.atto.layers // pp) for number in range(pp)]
+    """One a pipeline rank, with the layers of all its stages."""
+    pp, layers = config.parallel.pp, config.parallel.layers_of_stages(config.model.atto.layers)
+    return [Stage(number, pp, sum(layers[number::pp])) for number in range(pp)]
 
 
 def microbatches(config: RunConfig) -> int:
@@ -62,12 +68,12 @@ def parameters_of_stage(model: ModelConfig, stage: Stage, *, tp: int) -> int:
     held = kept(list(atto_layer(model, Counts())), tp=tp) * stage.layers
     if stage.is_last:
         held += Table(model.atto.width).parameters  # the final norm
-    for name, pieces in parts(model).items():
-        first = name == "start" or name.startswith("preludio/")
-        last = name == "router" or name.startswith("coda/")
-        if (first and stage.is_first) or (last and stage.is_last):
-            held += kept(pieces, tp=tp)
-    return held
+    return held + replicated_parameters(model, stage)
+
+
+def replicated_parameters(model: ModelConfig, stage: Stage) -> int:
+    """Of a stage's parts beside the Atto, which each rank of a tensor-parallel group holds whole."""
+    return sum(kept(pieces, tp=1) for name, pieces in parts(model).items() if stage.holds(name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +116,10 @@ def rank_memory(config: RunConfig, counts: Counts, stage: Stage, *, core: Core =
     moments = 2 if config.train.optimizer == "adamw" else 0
     one = _OneStage(config, number=number, own=number / parallel.dp, size=size_of(parallel))
     flying = stage.in_flight(microbatches(config))
+    kept_once = activations_of(config, counts, stage, core=core)
+    waiting = flying * kept_once
+    passing = _passing(config.model, counts, stage, share=share_of(parallel, core=core))
+    summed = _summed(config, stage)
     return RankMemory(
         weights=one.weights,
         masters=FLOAT32 * one.own,
@@ -117,8 +127,8 @@ def rank_memory(config: RunConfig, counts: Counts, stage: Stage, *, core: Core =
         average=FLOAT32 * (one.own if parallel.zero_stage == 3 else number),
         buffers=one.buffers,
         gradients=one.gradients(accumulated=microbatches(config) > flying),
-        activations=flying * activations_of(config, counts, stage, core=core),
-        passing=_passing(config.model, counts, stage, share=share_of(parallel, core=core)),
+        activations=waiting,
+        passing=max(passing, summed - kept_once),
         update=one.update,
         averaging=FLOAT32 * number if one.size < FLOAT32 and parallel.zero_stage < 3 else 0.0,
     )
@@ -140,18 +150,30 @@ def activations_of(config: RunConfig, counts: Counts, stage: Stage, *, core: Cor
     kept_here = stage.layers * activations.atto_layer(model, counts, share)
     kept_here += activations.view(model.atto, counts, share)
     by_part = activations.kept_by_part(model, counts, share)
-    if stage.is_first:
-        kept_here += sum(value for name, value in by_part.items() if name.startswith("preludio/"))
-    if stage.is_last:
-        kept_here += sum(value for name, value in by_part.items() if not name.startswith("preludio/"))
+    kept_here += sum(value for name, value in by_part.items() if stage.holds(name)) / share.tp
     return kept_here + share.size * counts.positions * model.atto.width / share.positions  # what leaves the layers
 
 
 def _passing(model: ModelConfig, counts: Counts, stage: Stage, *, share: Share) -> float:
-    """What the way back holds for a moment while hardly anything is freed yet."""
+    """What the way back holds for a moment while hardly anything is freed yet.
+
+    Under tensor parallelism the Code read a rank's share of the latents out of a buffer of all L x H.
+    """
     if stage.is_last:
-        return 2 * activations.logits(model, counts.text)
+        exchanged = share.size * counts.positions * model.atto.width if share.tp > 1 else 0
+        return 2 * activations.logits(model, counts.text) / share.tp + exchanged
     return 2 * share.size * counts.positions * model.atto.ffn_width / share.tp
+
+
+def _summed(config: RunConfig, stage: Stage) -> float:
+    """At the end of the way back: gradients of the replicated weights, and the float32 bucket that sums them over TP.
+
+    Source: hosts/replicated.py; under ZeRO 3 they are summed one by one.
+    """
+    parallel = config.parallel
+    if parallel.tp == 1 or parallel.zero_stage == 3:
+        return 0.0
+    return (size_of(parallel) + FLOAT32) * replicated_parameters(config.model, stage)
 
 
 @dataclass(frozen=True, slots=True)

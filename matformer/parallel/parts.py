@@ -17,6 +17,7 @@ from matformer.shapes import NUM_SYMBOLS, NUM_TARGETS
 
 NUM_FREQUENCIES, HIDDEN = 128, 128  # layers/time_embedding.py, layers/modulation.py
 ATTO_PARTS = 6  # layers/modulation.py
+TREE_WIDTH = 64  # router/tree.py
 REACH = 3  # layers/cells.py
 
 ENTRANCES: Mapping[str, tuple[str, str]] = {  # layers/time_conditioning.py: where t enters Preludio and Coda
@@ -115,9 +116,15 @@ def atto_layer(model: ModelConfig, counts: Counts) -> Iterator[Piece]:
 
 
 def router(model: ModelConfig, counts: Counts) -> Iterator[Piece]:
-    """Kinds, and the buckets of each modality."""
+    """Kinds, the buckets of each modality, and the trees of those whose noised copies stand in trees."""
     for outer in (len(model.media) + 3, *(len(media.buckets) for media in model.media.values())):
         yield Map(model.atto.width, outer, counts.questions, bias=True)
+    for name, media in model.media.items():
+        if media.budget is not None and media.noises_trees:
+            one = _media(counts, name)
+            yield Map(model.atto.width, TREE_WIDTH, one.trees, bias=True)
+            yield Table((sum(media.places) + media.budget.levels) * TREE_WIDTH)
+            yield Map(TREE_WIDTH, 1, one.blocks, bias=True)
 
 
 def text_preludio(model: ModelConfig, counts: TextCounts) -> Iterator[Piece]:
@@ -173,6 +180,8 @@ def media_preludio(media: MediaConfig, atto_width: int, *, counts: MediaCounts) 
     elif entrance != "nowhere":
         yield from _time_embedding(atto_width, rows=counts.told if entrance == "token" else counts.times + 1)
     yield Table((sum(media.places) + len(media.buckets) + 1) * atto_width)
+    if media.budget is not None:
+        yield from _leaf_merge(media, atto_width, leaves=counts.leaves)
 
 
 def media_coda(media: MediaConfig, atto_width: int, *, counts: MediaCounts) -> Iterator[Piece]:
@@ -198,6 +207,15 @@ def media_coda(media: MediaConfig, atto_width: int, *, counts: MediaCounts) -> I
     else:
         yield Map(width, scalars, rows, bias=True)
     yield Map(width, scalars, rows, bias=True)
+
+
+def _leaf_merge(media: MediaConfig, atto_width: int, *, leaves: tuple[int, ...]) -> Iterator[Piece]:
+    """A map of all scalars of a leaf, one a level. leaves: of each level; missing ones have none."""
+    assert media.budget is not None
+    for level in range(1, media.budget.levels + 1):
+        rows = leaves[level - 1] if level <= len(leaves) else 0
+        yield Map(2 ** (media.rank * level) * media.patch_scalars, atto_width, rows, of_data=True)
+    yield Table(media.budget.levels * atto_width)
 
 
 def _ngrams(text: TextConfig, sizes: int) -> int:

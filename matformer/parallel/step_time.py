@@ -42,10 +42,10 @@ class StepTime:
         return self.compute + self.tensor + self.pipeline + self.bubble + self.data + self.update
 
 
-def step_time(config: RunConfig, counts: Counts, device: DeviceConfig, *, shared_encoders: bool = False) -> StepTime:
-    """Of the config's plan on these devices. shared_encoders: a TP rank encodes 1 / tp of the units, not all."""
+def step_time(config: RunConfig, counts: Counts, device: DeviceConfig) -> StepTime:
+    """Of the config's plan on these devices."""
     many, all_stages = microbatches(config), stages(config)
-    computes = [_compute(config, counts, stage, device, shared=shared_encoders) for stage in all_stages]
+    computes = [_compute(config, counts, stage, device) for stage in all_stages]
     sums = [_tensor_seconds(config, counts, stage, device) for stage in all_stages]
     slowest = max(range(len(all_stages)), key=lambda number: computes[number] + sums[number])
     one = computes[slowest] + sums[slowest]
@@ -77,17 +77,15 @@ def _rate(width: float, device: DeviceConfig) -> float:
     return device.peak_tflops * 1e12 * device.achieved_share * width / (width + device.half_width)
 
 
-def _compute(config: RunConfig, counts: Counts, stage: Stage, device: DeviceConfig, *, shared: bool) -> float:
-    """Seconds of one microbatch's products on a stage, both ways."""
+def _compute(config: RunConfig, counts: Counts, stage: Stage, device: DeviceConfig) -> float:
+    """Seconds of one microbatch's products on a stage, both ways; each TP rank has 1 / tp of the units."""
     model, tp = config.model, config.parallel.tp
     by_part = flops_by_part(model, counts)
     atto = by_part.pop("atto").total * stage.layers / model.atto.layers / tp
     seconds = atto / _rate(model.atto.width / tp, device)
     for name, flops in by_part.items():
-        if (name.startswith("preludio/") and stage.is_first) or (
-            name.startswith(("coda/", "router")) and stage.is_last
-        ):
-            seconds += _part_seconds(model, name, flops, device) / (tp if shared else 1)
+        if stage.holds(name):
+            seconds += _part_seconds(model, name, flops, device) / tp
     return seconds
 
 

@@ -24,8 +24,8 @@ def parameters_on_meta(config: RunConfig, ranks: tuple[int, ...]) -> list[int]:
         _build_groups(config)
         host = MegatronHost(config)
         with torch.device("meta"):
-            first, last = host.groups.is_first, host.groups.is_last
-            model = Matformer(config.model, trunk=host.build_trunk(), is_first=first, is_last=last)
+            (trunk,) = host.build_trunks()
+            model = Matformer(config.model, trunk=trunk, is_first=trunk.is_first, is_last=trunk.is_last)
         assert all(parameter.is_meta for parameter in model.parameters())
         found.append(sum(parameter.numel() for parameter in model.parameters()))
         parallel_state.destroy_model_parallel()

@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from matformer.config.schema import RunConfig
 from matformer.engine.average import Average
+from matformer.engine.loop import build_model
 from matformer.engine.step import optimizer_step
 from matformer.hosts.hosted import MegatronHost
-from matformer.model import Matformer
 from matformer.parcels import Batch
 from tests.ranks.cases import parallel_state, share
 
@@ -74,9 +74,7 @@ def trace_ranks(config: RunConfig, batches: Sequence[Batch]) -> dict[str, Traced
     found: dict[str, Traced] = {}
     with Held() as held:
         host = MegatronHost(config)
-        is_first, is_last = host.groups.is_first, host.groups.is_last
-        model = Matformer(config.model, trunk=host.build_trunk(), is_first=is_first, is_last=is_last)
-        host.prepare(model)
+        build_model(host, config)
         average = Average(host, decay=0.9)
         found["state"] = held.look()
         update = host.engine.step

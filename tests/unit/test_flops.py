@@ -13,10 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from matformer.atto.masks import visible, visible_with_noised_context
 from matformer.config.schema import ModelConfig
 from matformer.data.counts import counts_of
+from matformer.data.sources import media_span
 from matformer.hosts.plain import plain_trunk
 from matformer.layers.local_attention import Folded, window_of
 from matformer.model import Matformer
-from matformer.parallel.counts import document_pairs, folded_pairs, window_pairs
+from matformer.parallel.counts import Run, document_pairs, folded_pairs, window_pairs
 from matformer.parallel.flops import Flops, added, batch_flops, flops_by_part
 from matformer.parallel.parameters import parameters_by_part
 from matformer.parcels import Batch, Kind
@@ -37,6 +38,7 @@ MODELS = {
     "adaln atto": with_media(MODEL, time_conditioning="adaln_atto"),
     "unet": with_media(MODEL, unet_width=4),
     "next latent": with_media(MODEL, objective="next_latent"),
+    "trees": with_media(MODEL, budget={"share": 0.5, "levels": 1, "noised_tree": "own"}),
     "noised context": with_media(MODEL, media_context="noised"),
 }
 
@@ -48,8 +50,12 @@ def model(request: pytest.FixtureRequest) -> ModelConfig:
 
 def batch_of(model: ModelConfig) -> Batch:
     """Two rows of two documents: text, both media, generated and given; padding at the end."""
-    first = [document("a", b"a red square ", image(1), b" on grass"), document("b", audio(2, role="given"), b"hello")]
-    second = [document("c", b"\x00\xff" * 30), document("d", image(3, wide=True), audio(4, long=True), b"!")]
+    picture, sound, wide, long = (
+        media_span(one.latent, one.modality, media=model.media[one.modality], role=one.role)  # in the model's own trees
+        for one in (image(1), audio(2, role="given"), image(3, wide=True), audio(4, long=True))
+    )
+    first = [document("a", b"a red square ", picture, b" on grass"), document("b", sound, b"hello")]
+    second = [document("c", b"\x00\xff" * 30), document("d", wide, long, b"!")]
     batch = packed([first, second], length=LENGTH, model=model)
     if model.text.vocabulary is None:
         return batch
@@ -70,16 +76,17 @@ def counted_parts(model: Matformer, batch: Batch) -> dict[str, Flops]:
     """Each part alone, on inputs that take a gradient where they are not data."""
     size = batch.grid.kind_BS.numel()
     latent_LH = torch.randn(size, model.model_config.atto.width, requires_grad=True)
-    hidden = torch.randn(*batch.grid.kind_BS.shape, model.model_config.atto.width, requires_grad=True)
+    hidden = torch.randn(size, model.model_config.atto.width, requires_grad=True)
     input_UD = torch.randn(batch.text.symbol_U.numel(), model.model_config.text.width, requires_grad=True)
     handed = (input_UD,) if model.model_config.text.coda_input == "preludio" else ()
 
     def routed() -> list[Tensor]:
         kind, buckets = model.router(latent_LH, batch.route)
-        return [kind, *buckets.values()]
+        trees = [model.router.tree_head[name](latent_LH, units) for name, units in batch.trees.items()]
+        return [kind, *buckets.values(), *trees]
 
     found = {
-        "start": counted(lambda: [model.start(batch.grid)]),
+        "start": counted(lambda: [model.start(batch.grid.kind_BS.flatten())]),
         "preludio/text": counted(lambda: [model.preludi["text"](batch.read)[0]]),
         "atto": counted(lambda: [model.atto(hidden, model.view(batch))]),
         "router": counted(routed),
@@ -131,7 +138,7 @@ def test_attention_of_the_mask_costs_less_than_what_is_multiplied() -> None:
 
 def test_pairs_of_a_document_are_those_of_the_pictures_mask() -> None:
     """The sequence drawn in atto/masks.py: s a b h, n n, c c, e d."""
-    runs = [("causal", 4), ("noised", 2), ("clean", 2), ("causal", 2)]
+    runs: list[Run] = [("causal", 4), ("noised", 2), ("clean", 2), ("causal", 2)]
     assert document_pairs(runs) == 10 + 2 * 6 + 2 * 6 + 7 + 8
     assert document_pairs([("causal", 4), ("noised", 2), ("causal", 1)], noised_context=True) == 10 + 12 + 7
     assert document_pairs([("causal", 2), ("blind", 3), ("clean", 2), ("causal", 1)]) == 3 + 2 + 2 * 4 + 2 * 4 + 5
@@ -146,6 +153,12 @@ def test_pairs_of_windows_are_those_of_chunks() -> None:
             seen = int(folded.visible_CWT.flatten(0, 1)[: len(piece)].sum())
             assert window_pairs(sizes, window=window, both_ways=both_ways) == seen
             assert folded_pairs(len(piece), window=window, both_ways=both_ways) == folded.visible_CWT.numel()
+
+
+def test_trees_have_leaves_and_blocks_that_are_asked() -> None:
+    model = MODELS["trees"]
+    for one in counts_of(batch_of(model), model).media.values():
+        assert sum(one.leaves) > 0 and one.trees > 0 and one.blocks >= one.trees
 
 
 def test_a_batch_of_text_alone_costs_nothing_in_media() -> None:

@@ -18,7 +18,7 @@ from matformer.errors import ConfigError
 from matformer.parallel.counts import document_pairs
 from matformer.parallel.expected import Guess, expected_counts, guess_of, heaviest_counts
 from matformer.parallel.layouts import Estimate, estimate, estimates, no_layout
-from matformer.parallel.memory import Stage, worst_rank
+from matformer.parallel.memory import Stage, stages, worst_rank
 from matformer.parallel.parameters import parameters_by_part
 from matformer.parallel.tables import best, plan_file
 from matformer.plan import main
@@ -83,6 +83,13 @@ def test_a_stage_holds_as_many_microbatches_as_follow_it() -> None:
     assert [Stage(number, 4, 6).in_flight(2) for number in range(4)] == [2, 2, 2, 1]
 
 
+def test_layers_of_uneven_stages_are_those_of_the_config() -> None:
+    run = run_of("1b", "parallel.pp=2", "parallel.stage_layers=[10,14]")
+    assert [stage.layers for stage in stages(run)] == [10, 14]
+    run = run_of("1b", "parallel.pp=2", "parallel.virtual_stages=2", "parallel.stage_layers=[4,7,6,7]")
+    assert [stage.layers for stage in stages(run)] == [10, 14]
+
+
 def test_the_bubble_is_that_of_1f1b() -> None:
     run = run_of("1b", "parallel.pp=4", "train.global_batch=16")
     found = estimate_of(run)
@@ -112,9 +119,11 @@ def test_a_slower_device_takes_longer_and_a_smaller_holds_less() -> None:
 
 
 def test_encoders_shared_out_over_tensor_ranks_take_less_time() -> None:
-    run = run_of("1b", "parallel.tp=4", "parallel.sequence_parallel=true")
-    alike, shared = (estimate(run, guess_of(run), H100, shared_encoders=one) for one in (False, True))
-    assert shared.time.compute < alike.time.compute and shared.time.tensor == alike.time.tensor
+    two, four = (estimate_of(run_of("1b", f"parallel.tp={tp}")) for tp in (2, 4))
+    assert four.memory.activations < two.memory.activations
+    narrower = H100.half_width  # what a narrower product of the Atto loses, at most
+    width = run_of("1b").model.atto.width
+    assert four.time.compute < two.time.compute / 2 * (width / 4 + narrower) / (width / 2 + narrower) * 2
 
 
 def test_expected_counts_fill_the_sequence() -> None:
