@@ -18,7 +18,7 @@ World = Callable[[int], Ranks]
 SEED = 0
 
 
-@pytest.mark.parametrize("trial", range(3))
+@pytest.mark.parametrize("trial", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 8))])
 def test_a_drawn_layout_is_one_rank(trial: int, world: World) -> None:
     drawn = draw_trial(SEED, trial, most_ranks=4)
     plain = cases.train_plain(one_rank(drawn.config), drawn.steps)

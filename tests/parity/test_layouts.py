@@ -86,6 +86,7 @@ MORE_LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2 zero2 offload": {"dp": 2, "zero_stage": 2, "offload_optimizer": True},
     "dp2 zero3 offload": {"dp": 2, "zero_stage": 3, "offload_optimizer": True},
 }
+SLOW = ("full recompute", "tp2 selective recompute", "dp2 zero3 offload")  # others say as much in less time
 
 
 def run_of(name: str, **train: Any) -> RunConfig:
@@ -146,7 +147,9 @@ def test_the_steps_move_every_parameter() -> None:
     assert [name for name, gradient in gradients.items() if not gradient.any()] == []
 
 
-@pytest.mark.parametrize("name", [*LAYOUTS, *MORE_LAYOUTS])
+@pytest.mark.parametrize(
+    "name", [*LAYOUTS, *(pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in MORE_LAYOUTS)]
+)
 def test_a_layout_gives_the_losses_and_every_gradient_of_one_rank(name: str, world: World) -> None:
     config = run_of(name)
     trained = world(config.parallel.ranks).run(cases.train_ranks, config, mixed_steps())
@@ -181,8 +184,15 @@ def test_diffused_text_is_the_same_run_too(name: str, objective: str, world: Wor
     assert_same_run(trained, cases.train_plain(plain, steps))
 
 
-@pytest.mark.parametrize("steps", [mixed_steps, uneven_steps])
-@pytest.mark.parametrize("name", ["tp2 sequence parallel", "tp2 zero2", "dp2", "dp2 zero2", "tp2 dp2"])
+@pytest.mark.parametrize("steps", [mixed_steps, pytest.param(uneven_steps, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tp2 sequence parallel",
+        "dp2 zero2",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("tp2 zero2", "dp2", "tp2 dp2")),
+    ],
+)
 def test_the_losses_gradients_have_the_cosines_of_one_rank_and_leave_no_trace(
     name: str, steps: Callable[[], list[GlobalBatch]], world: World
 ) -> None:

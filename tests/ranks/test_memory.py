@@ -98,6 +98,7 @@ def test_the_peak_is_within_a_tenth_of_what_ranks_hold(name: str, one: Ranks, tw
         assert predicted.peak - predicted.state == pytest.approx(share, rel=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [{"coda": "dit", "time_conditioning": "adaln_preludio_coda"}, {"unet_width": 64}])
 def test_other_models_hold_what_is_predicted(keys: dict[str, Any], one: Ranks) -> None:
     run = run_of()
