@@ -221,8 +221,8 @@ class _OneStage:
 
     @property
     def update(self) -> float:
-        if self._keeps_float32_gradients:  # flattened, and once more in the dtype that is sent
-            return (FLOAT32 + self.size) * self._bucket
+        if self._keeps_float32_gradients:  # flattened; sent as it is, in float32
+            return FLOAT32 * self._bucket
         if self._zero == 3:
             return FLOAT32 * self.own
         return (self.size * (self.number + self._bucket)) if self._zero == 1 else 2 * FLOAT32 * self.own

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from matformer.config.check import check
-from matformer.config.schema import ModelConfig, RunConfig
+from matformer.config.schema import ModelConfig, PatcherConfig, RunConfig
 from matformer.data.packing import Piece, Place, draw_training_noise, pack_batch
 from matformer.data.sources import Document
 from matformer.data.text_rows import with_masks
@@ -21,6 +21,7 @@ LAYERS = 4
 MICROBATCHES = 8
 STEPS = 3
 MOST_RANKS = 8
+MOST_DRAWS = 1000
 
 TEXTS = ("own", "own", "blt", "masked_diffusion", "block_diffusion")
 MEDIA: dict[str, Sequence[Any]] = {
@@ -44,7 +45,7 @@ class Trial:
 def draw_trial(seed: int, trial: int, *, most_ranks: int = MOST_RANKS) -> Trial:
     """A model, a layout that fits it, and batches in which modalities come and go. Draws anew what a check refuses."""
     draws = np.random.default_rng([seed, trial])
-    while True:
+    for _ in range(MOST_DRAWS):
         text, keys, layout, train = _draw_keys(draws, most_ranks=most_ranks)
         try:
             config = _config(text, keys, layout, train)
@@ -55,6 +56,7 @@ def draw_trial(seed: int, trial: int, *, most_ranks: int = MOST_RANKS) -> Trial:
             f"{key}={value}" for part in (layout, train, {"text": text}, keys) for key, value in part.items()
         )
         return Trial(config, _steps(config.model, draws), words)
+    raise AssertionError(f"of {MOST_DRAWS} drawn runs one must pass the checks")
 
 
 def one_rank(config: RunConfig) -> RunConfig:
@@ -93,11 +95,12 @@ def _config(text: str, keys: dict[str, Any], layout: dict[str, Any], train: dict
     model = as_blt(run.model) if text == "blt" else run.model
     model = as_diffused(model, text) if text.endswith("diffusion") else model
     atto = model.atto.model_copy(update={"kv_heads": 4 if layout["tp"] == 4 else 2})
+    data = run.data.model_copy(update={"lanes": 2 * MICROBATCHES, "patcher": PatcherConfig(patch_bytes=3)})
     context = keys["media_context"]
     each = {key: value for key, value in keys.items() if key != "media_context"}
     media = {name: one.model_dump() | each for name, one in model.media.items()}
     changed = {"media": media, "atto": atto.model_dump(), "media_context": context}
-    return run.model_copy(update={"model": ModelConfig.model_validate(model.model_dump() | changed)})
+    return run.model_copy(update={"data": data, "model": ModelConfig.model_validate(model.model_dump() | changed)})
 
 
 def _steps(model: ModelConfig, draws: np.random.Generator) -> list[list[Batch]]:
