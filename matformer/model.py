@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from matformer.atto.trunk import atto_view
 from matformer.config.schema import ModelConfig
+from matformer.config.time_conditioning import modulated_media
 from matformer.hosts.base import Sums, Trunk
 from matformer.layers.attention import AttoView
 from matformer.layers.modulation import position_times
 from matformer.layers.segments import segment_sum
-from matformer.layers.time_conditioning import modulated_media
 from matformer.losses.flow import squared_error
 from matformer.losses.route import bucket_nats, kind_nats, split_nats
 from matformer.losses.text import end_nats, symbol_nats
@@ -40,14 +40,14 @@ class Start(nn.Module):
 class Matformer(nn.Module):
     """One pipeline stage of the model: Preludi on the first, router and Code on the last, layers on all."""
 
-    def __init__(self, config: ModelConfig, *, trunk: Trunk, is_first: bool = True, is_last: bool = True) -> None:
+    def __init__(self, config: ModelConfig, *, trunk: Trunk) -> None:
         super().__init__()
-        self.model_config, self.is_first, self.is_last = config, is_first, is_last
-        if is_first:
+        self.model_config, self.is_first, self.is_last = config, trunk.is_first, trunk.is_last
+        if self.is_first:
             self.start = Start(config.atto.width)
             self.preludi = nn.ModuleDict(build_preludi(config))
         self.atto = trunk
-        if is_last:
+        if self.is_last:
             buckets = {name: len(media.buckets) for name, media in config.media.items()}
             self.router = Router(config.atto.width, num_buckets=buckets, trees=build_tree_heads(config))
             self.code = nn.ModuleDict(build_code(config))

@@ -46,8 +46,8 @@ def missing_data(config: RunConfig) -> list[Path]:
 def rows(config: RunConfig) -> list[tuple[str, str]]:
     """What the run will be, as (name, value) for a table."""
     model, data, parallel, train = config.model, config.data, config.parallel, config.train
+    accumulated = config.microbatches
     degrees = f"tp {parallel.tp} x pp {parallel.pp} x dp {parallel.dp}"
-    accumulated = train.global_batch // (parallel.dp * train.micro_batch)
     media = ", ".join(f"{name} ({_largest(one.buckets, patch=one.patch)})" for name, one in model.media.items())
     return [
         ("run", f"{config.name}, into {Path(config.run.folder, config.name)}"),
@@ -56,7 +56,10 @@ def rows(config: RunConfig) -> list[tuple[str, str]]:
         ("layers a stage", ", ".join(map(str, dict.fromkeys(parallel.layers_of_stages(model.atto.layers))))),
         ("media", media or "none"),
         ("sequence", f"{data.sequence_latents} latents"),
-        ("global batch", f"{train.global_batch} sequences, {accumulated} microbatch(es) of {train.micro_batch} a rank"),
+        (
+            "global batch",
+            f"{train.global_batch} sequences, {accumulated} microbatch(es) of {train.micro_batch} a rank",
+        ),
         ("latents a step", f"{train.global_batch * data.sequence_latents:,}"),
         ("latents in all", f"{train.steps * train.global_batch * data.sequence_latents:,} in {train.steps:,} steps"),
         ("sources", ", ".join(f"{name} {share:.0%}" for name, share in _shares(config).items())),

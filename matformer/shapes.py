@@ -15,6 +15,10 @@ K  blocks of trees that are asked whether they split (elsewhere: size of a head)
 """
 
 NUM_AXES = 4
+TIME_WAVES = 128  # frequencies of t, a sine and a cosine each; and the hidden row of a modulation
+ATTO_PARTS = 6  # shift, scale and gate of the attention branch and of the feed-forward branch
+TREE_WIDTH = 64  # hidden row of the head that predicts trees
+REACH = 3  # cells of a kernel along each axis
 END, MASK, BEGIN = 256, 257, 258
 NUM_SYMBOLS = 259
 NUM_TARGETS = 257

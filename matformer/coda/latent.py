@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from matformer.coda.base import Coda
 from matformer.coda.neighbours import Neighbours
 from matformer.config.schema import CodaKind, MediaObjective, TimeConditioning
+from matformer.config.time_conditioning import ENTRANCES
 from matformer.layers.cells import CellShape, CellsUp, canvases
 from matformer.layers.feed_forward import SwiGLU
 from matformer.layers.flow import noised_rows
@@ -20,7 +21,6 @@ from matformer.layers.modulation import TimeModulation, modulate
 from matformer.layers.norm import RMSNorm
 from matformer.layers.place_embedding import PlaceEmbedding
 from matformer.layers.precondition import Precondition
-from matformer.layers.time_conditioning import ENTRANCES
 from matformer.layers.time_embedding import TimeEmbedding
 from matformer.parcels import MediaUnits
 

@@ -318,7 +318,7 @@ def check_degrees(config: RunConfig) -> None:
 
 def check_stages(config: RunConfig) -> None:
     """Every layer stands in one stage, and an interleaved schedule has its microbatches in groups of pp."""
-    layers, parallel, train = config.model.atto.layers, config.parallel, config.train
+    layers, parallel = config.model.atto.layers, config.parallel
     stages = parallel.pp * parallel.virtual_stages
     if parallel.stage_layers is None:
         what = "parallel.pp" if parallel.virtual_stages == 1 else "parallel.pp * parallel.virtual_stages"
@@ -336,11 +336,10 @@ def check_stages(config: RunConfig) -> None:
         parallel.pp > 1,
         f"parallel.virtual_stages must be 1 with parallel.pp 1, got {parallel.virtual_stages}; change parallel.pp",
     )
-    microbatches = train.global_batch // (parallel.dp * train.micro_batch)
     _must(
-        microbatches % parallel.pp == 0,
+        config.microbatches % parallel.pp == 0,
         f"a rank's microbatches a step (train.global_batch / parallel.dp / train.micro_batch) must be a multiple of "
-        f"parallel.pp {parallel.pp} where parallel.virtual_stages is more than 1, got {microbatches}; change "
+        f"parallel.pp {parallel.pp} where parallel.virtual_stages is more than 1, got {config.microbatches}; change "
         "train.global_batch or train.micro_batch",
     )
 

@@ -403,3 +403,8 @@ class RunConfig(Section):
     train: TrainConfig
     eval: EvalConfig = EvalConfig()
     run: RunSection = RunSection()
+
+    @property
+    def microbatches(self) -> int:
+        """Of one step on one rank."""
+        return self.train.global_batch // (self.parallel.dp * self.train.micro_batch)

@@ -13,6 +13,7 @@ from matformer.config.schema import ModelConfig, RunConfig
 from matformer.data.coders import check_same
 from matformer.data.mixture import BadSamples, Mixture
 from matformer.data.packing import (
+    DrawNoise,
     Piece,
     Place,
     cut,
@@ -205,22 +206,25 @@ class Loader:
     def _microbatch(self, step: int, rows: Sequence[Row]) -> Batch:
         data, seed = self.config.data, self.config.seed
         lanes = [row.lane for row in rows]
-        draws = [
-            draw_training_noise(
-                seed=seed,
-                step=step,
-                lane=lane,
-                blind_probability=data.blind_probability,
-                time_shift=data.time_shift,
-                time_sampler=data.time_sampler,
-            )
-            for lane in lanes
-        ]
+        draws = [training_noise(self.config, step=step, lane=lane) for lane in lanes]
         abreast = self.config.train.global_batch
         masks = [draw_training_masks(seed=seed, step=step, lane=lane, lanes=abreast) for lane in lanes]
         pieces, model = [row.pieces for row in rows], self.config.model
         batch = pack_batch(pieces, draws, masks=masks, model=model, sequence_latents=data.sequence_latents)
         return replace(batch, flops=sum(row.flops for row in rows))
+
+
+def training_noise(config: RunConfig, *, step: int, lane: int) -> DrawNoise:
+    """What the config draws for generated spans of a lane in a step."""
+    data = config.data
+    return draw_training_noise(
+        seed=config.seed,
+        step=step,
+        lane=lane,
+        blind_probability=data.blind_probability,
+        time_shift=data.time_shift,
+        time_sampler=data.time_sampler,
+    )
 
 
 def _alone() -> None:

@@ -40,7 +40,8 @@ def row_counts(pieces: Sequence[Piece], *, model: ModelConfig, sequence_latents:
     pairs = window_pairs(sizes, window=model.text.window, both_ways=model.diffuses_text)
     text = TextCounts(symbols, symbols, patches, Pairs(pairs, pairs))
     read = TextCounts(copies * symbols, copies * symbols, copies * patches, Pairs(copies * pairs, copies * pairs))
-    seen = sum(document_pairs(_runs(piece, model=model)) for piece in pieces)
+    noised_context = model.media_context == "noised"
+    seen = sum(document_pairs(_runs(piece, model=model), noised_context=noised_context) for piece in pieces)
     return Counts(
         positions=sequence_latents,
         atto=Pairs(seen, seen),

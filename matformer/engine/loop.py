@@ -39,13 +39,15 @@ def build_host(config: RunConfig) -> Host:
     return MegatronHost(config)
 
 
+def build_stages(host: Host, config: RunConfig) -> nn.Module:
+    """This rank's stage, or an nn.ModuleList of its stages; weights not yet drawn."""
+    stages = [Matformer(config.model, trunk=trunk) for trunk in host.build_trunks()]
+    return stages[0] if len(stages) == 1 else nn.ModuleList(stages)
+
+
 def build_model(host: Host, config: RunConfig) -> nn.Module:
-    """This rank's stage, or an nn.ModuleList of its stages, its weights drawn, inside its host."""
-    stages = [
-        Matformer(config.model, trunk=trunk, is_first=trunk.is_first, is_last=trunk.is_last)
-        for trunk in host.build_trunks()
-    ]
-    model = stages[0] if len(stages) == 1 else nn.ModuleList(stages)
+    """The same with its weights drawn, inside its host."""
+    model = build_stages(host, config)
     host.prepare(model)
     return model
 

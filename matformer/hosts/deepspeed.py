@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from matformer.config.schema import RunConfig
+from matformer.parallel.memory import LARGEST_BUCKET
 
 if not torch.cuda.is_available():  # say so, else DeepSpeed looks for one and warns
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -28,7 +29,6 @@ with warnings.catch_warnings():
         safe_set_local_optimizer_state,
     )
 
-LARGEST_BUCKET = 500_000_000  # elements; DeepSpeed's default, which it takes anew every step whatever the model needs
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -56,7 +56,7 @@ def engine_config(config: RunConfig, *, parameters: int) -> dict[str, Any]:
     keys: dict[str, Any] = {
         "managed_gradient_accumulation": False,  # the caller owns the boundary, as a pipeline schedule needs
         "train_micro_batch_size_per_gpu": train.micro_batch,
-        "gradient_accumulation_steps": train.global_batch // (plan.dp * train.micro_batch),
+        "gradient_accumulation_steps": config.microbatches,
         "gradient_clipping": train.clip,
         "zero_optimization": {
             "stage": plan.zero_stage,

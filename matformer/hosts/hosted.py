@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from matformer.config.schema import RunConfig
+from matformer.config.time_conditioning import modulated_media
 from matformer.hosts import deepspeed as zero
 from matformer.hosts.base import (
     Host,
@@ -33,7 +34,6 @@ from matformer.hosts.plain import added
 from matformer.hosts.replicated import ReplicatedWeights
 from matformer.layers.initialise import initial_value
 from matformer.layers.modulation import position_times
-from matformer.layers.time_conditioning import modulated_media
 from matformer.parallel.shares import share_out
 from matformer.parcels import Batch
 

@@ -25,10 +25,11 @@ from matformer.errors import ParallelError
 from matformer.hosts.base import Objective, Placed, Sums, Trunk
 from matformer.hosts.megatron_on_cpu import host_megatron_on_cpu, importing_megatron
 from matformer.layers.attention import AttoView, atto_attention
-from matformer.layers.modulation import ATTO_PARTS, Rows, TimeModulation, modulate, rows_of_positions
+from matformer.layers.modulation import Rows, TimeModulation, modulate, rows_of_positions
 from matformer.layers.norm import rms_norm
 from matformer.parallel.groups import Groups
 from matformer.parcels import Batch, Exchange
+from matformer.shapes import ATTO_PARTS
 
 host_megatron_on_cpu()
 with importing_megatron():
@@ -157,9 +158,12 @@ def _transformer_config(atto: AttoConfig, plan: ParallelConfig, *, dtype: torch.
         pipeline_model_parallel_size=plan.pp,
         sequence_parallel=plan.sequence_parallel,
         pipeline_model_parallel_layout=stage_layout(plan.layers_of_stages(atto.layers)) if plan.pp > 1 else None,
-        batch_p2p_comm=plan.virtual_stages
-        == 1,  # two ranks of an interleaved pipeline are each other's before and after:
-        overlap_p2p_comm=plan.virtual_stages > 1,  # a batch would pair what one sends on with what the other gives back
+        # Two interleaved ranks stand before and behind each other: a batch would pair what one sends on with what the
+        # other gives back.
+        batch_p2p_comm=plan.virtual_stages == 1,
+        overlap_p2p_comm=plan.virtual_stages > 1,
+        moe_token_dispatcher_type="alltoall",  # what variable lengths ask for, though there is no mixture of experts
+        variable_seq_lengths=plan.pp > 1 and plan.virtual_stages == 1,  # held-out batches may differ in their rows
         **RECOMPUTE[plan.recompute],
         pipeline_dtype=dtype,
         params_dtype=dtype,
@@ -364,6 +368,8 @@ def run_schedule(
     for stage, trunk in zip(stages, trunks, strict=True):  # read by megatron's schedules
         stage.config, stage.model_type, stage.vp_stage = trunk.config, ModelType.encoder_or_decoder, trunk.stage
     interleaved = len(stages) > 1
+    sizes = {batch.grid.kind_BS.numel() for batch in batches}
+    assert not interleaved or len(sizes) == 1, f"an interleaved schedule sends equal shapes alone, got {sorted(sizes)}"
 
     def forward_step(iterator: Any, module: nn.Module) -> tuple[Any, Any]:  # noqa: ANN401 - megatron's contract
         with around():

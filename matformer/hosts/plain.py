@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from matformer.config.schema import AttoConfig, ModelConfig, RunConfig
+from matformer.config.time_conditioning import modulated_media
 from matformer.hosts.base import (
     Host,
     LayerWeight,
@@ -27,11 +28,11 @@ from matformer.hosts.base import (
 from matformer.layers.attention import AttoView, atto_attention
 from matformer.layers.feed_forward import SwiGLU
 from matformer.layers.initialise import initial_value
-from matformer.layers.modulation import ATTO_PARTS, TimeModulation, modulate, rows_of_positions
+from matformer.layers.modulation import TimeModulation, modulate, rows_of_positions
 from matformer.layers.norm import RMSNorm
-from matformer.layers.time_conditioning import modulated_media
 from matformer.parallel.groups import Groups
 from matformer.parcels import Batch, Exchange
+from matformer.shapes import ATTO_PARTS
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from matformer.layers.norm import RMSNorm
 from matformer.layers.patchify import patchify, unpatchify
+from matformer.shapes import REACH
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _AXES = {1: (0,), 2: (1, 2), 3: (0, 1, 2)}  # of t, y, x
-REACH = 3  # cells of a kernel along each axis
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from matformer.layers.time_embedding import NUM_FREQUENCIES, time_waves
+from matformer.layers.time_embedding import time_waves
 from matformer.parcels import Batch, PositionTimes
+from matformer.shapes import TIME_WAVES
 
-ATTO_PARTS = 6  # shift, scale and gate of the attention branch and of the feed-forward branch
 Rows = tuple[Float[Tensor, "... H"], Float[Tensor, "... H"], Float[Tensor, "... H"]]
 
 
@@ -26,8 +26,8 @@ class TimeModulation(nn.Module):
     def __init__(self, width: int, *, parts: int) -> None:
         super().__init__()
         self.parts = parts
-        self.first = nn.Linear(2 * NUM_FREQUENCIES, NUM_FREQUENCIES)
-        self.film = nn.Linear(NUM_FREQUENCIES, parts * width)
+        self.first = nn.Linear(2 * TIME_WAVES, TIME_WAVES)
+        self.film = nn.Linear(TIME_WAVES, parts * width)
 
     def forward(self, time_T: Float[Tensor, " T"]) -> Float[Tensor, "T parts H"]:
         waves = time_waves(time_T).to(self.first.weight.dtype)

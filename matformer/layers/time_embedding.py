@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-NUM_FREQUENCIES = 128
+from matformer.shapes import TIME_WAVES
 
 
 class TimeEmbedding(nn.Module):
@@ -16,7 +16,7 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.first = nn.Linear(2 * NUM_FREQUENCIES, width)
+        self.first = nn.Linear(2 * TIME_WAVES, width)
         self.second = nn.Linear(width, width)
 
     def forward(self, time_T: Float[Tensor, " T"]) -> Float[Tensor, "T H"]:
@@ -26,6 +26,6 @@ class TimeEmbedding(nn.Module):
 
 def time_waves(time_T: Float[Tensor, " T"]) -> Float[Tensor, "T waves"]:
     """Cosines and sines of 1000 t at frequencies from 1 to about 1 / 10,000."""
-    exponent = torch.arange(NUM_FREQUENCIES, device=time_T.device, dtype=torch.float32) / NUM_FREQUENCIES
+    exponent = torch.arange(TIME_WAVES, device=time_T.device, dtype=torch.float32) / TIME_WAVES
     angle = 1000.0 * time_T.float()[:, None] * torch.exp(-math.log(10_000.0) * exponent)
     return torch.cat((angle.cos(), angle.sin()), dim=-1)

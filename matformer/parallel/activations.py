@@ -12,8 +12,8 @@ from math import prod
 from typing import Literal
 
 from matformer.config.schema import AttoConfig, MediaConfig, ModelConfig, TextConfig
+from matformer.config.time_conditioning import modulated_media
 from matformer.parallel.counts import Counts, MediaCounts, TextCounts
-from matformer.parallel.parts import modulated_media
 from matformer.shapes import NUM_TARGETS
 
 Core = Literal["tiles", "fused"]

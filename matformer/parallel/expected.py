@@ -116,7 +116,7 @@ def _joined(*documents: _Document) -> _Document:
 
 def mean_patches(media: MediaConfig) -> int:
     """Of a span, every bucket as often as the others."""
-    return round(fmean(prod(cells // media.patch for cells in bucket) for bucket in media.buckets))
+    return round(fmean(prod(media.grid(bucket)) for bucket in range(len(media.buckets))))
 
 
 def _counts(model: ModelConfig, documents: list[tuple[float, _Document]], *, positions: int, guess: Guess) -> Counts:

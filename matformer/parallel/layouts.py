@@ -10,7 +10,7 @@ from matformer.config.device import DeviceConfig
 from matformer.config.schema import ParallelConfig, RunConfig
 from matformer.errors import ConfigError
 from matformer.parallel.expected import Guess, expected_counts, heaviest_counts
-from matformer.parallel.memory import RankMemory, microbatches, worst_rank
+from matformer.parallel.memory import RankMemory, worst_rank
 from matformer.parallel.step_time import StepTime, Traffic, bubble_share, step_time, traffic
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
@@ -26,10 +26,6 @@ class Estimate:
     time: StepTime
     traffic: Traffic
     bubble: float
-
-    @property
-    def microbatches(self) -> int:
-        return microbatches(self.config)
 
     def fits(self, device: DeviceConfig) -> bool:
         return self.memory.peak <= device.usable_bytes

@@ -17,7 +17,7 @@ from matformer.parallel.counts import Counts
 from matformer.parallel.parameters import kept
 from matformer.parallel.parts import Table, atto_layer, parts
 
-LARGEST_BUCKET = 500_000_000  # elements; hosts/deepspeed.py
+LARGEST_BUCKET = 500_000_000  # elements; DeepSpeed's default, which it takes anew every step whatever the model needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +51,6 @@ def stages(config: RunConfig) -> list[Stage]:
     """One a pipeline rank, with the layers of all its stages."""
     pp, layers = config.parallel.pp, config.parallel.layers_of_stages(config.model.atto.layers)
     return [Stage(number, pp, sum(layers[number::pp])) for number in range(pp)]
-
-
-def microbatches(config: RunConfig) -> int:
-    """Of one step on one rank."""
-    return config.train.global_batch // (config.parallel.dp * config.train.micro_batch)
 
 
 def size_of(parallel: ParallelConfig) -> int:
@@ -115,7 +110,7 @@ def rank_memory(config: RunConfig, counts: Counts, stage: Stage, *, core: Core =
     number = parameters_of_stage(config.model, stage, tp=parallel.tp)
     moments = 2 if config.train.optimizer == "adamw" else 0
     one = _OneStage(config, number=number, own=number / parallel.dp, size=size_of(parallel))
-    flying = stage.in_flight(microbatches(config))
+    flying = stage.in_flight(config.microbatches)
     kept_once = activations_of(config, counts, stage, core=core)
     waiting = flying * kept_once
     passing = _passing(config.model, counts, stage, share=share_of(parallel, core=core))
@@ -126,7 +121,7 @@ def rank_memory(config: RunConfig, counts: Counts, stage: Stage, *, core: Core =
         moments=moments * FLOAT32 * one.own,
         average=FLOAT32 * (one.own if parallel.zero_stage == 3 else number),
         buffers=one.buffers,
-        gradients=one.gradients(accumulated=microbatches(config) > flying),
+        gradients=one.gradients(accumulated=config.microbatches > flying),
         activations=waiting,
         passing=max(passing, summed - kept_once),
         update=one.update,

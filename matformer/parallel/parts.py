@@ -6,27 +6,15 @@ Arithmetic on the config alone: nothing is built, torch is not imported. The tes
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
 from matformer.config.check import MAX_PATCH
 from matformer.config.schema import MediaConfig, ModelConfig, TextConfig
+from matformer.config.time_conditioning import ENTRANCES, modulated_media
 from matformer.parallel.counts import Counts, MediaCounts, Pairs, TextCounts
-from matformer.shapes import NUM_SYMBOLS, NUM_TARGETS
-
-NUM_FREQUENCIES, HIDDEN = 128, 128  # layers/time_embedding.py, layers/modulation.py
-ATTO_PARTS = 6  # layers/modulation.py
-TREE_WIDTH = 64  # router/tree.py
-REACH = 3  # layers/cells.py
-
-ENTRANCES: Mapping[str, tuple[str, str]] = {  # layers/time_conditioning.py: where t enters Preludio and Coda
-    "none": ("nowhere", "nowhere"),
-    "add": ("added", "added"),
-    "token": ("token", "nowhere"),
-    "adaln_preludio_coda": ("film", "film"),
-    "adaln_atto": ("nowhere", "nowhere"),
-}
+from matformer.shapes import ATTO_PARTS, NUM_SYMBOLS, NUM_TARGETS, REACH, TIME_WAVES, TREE_WIDTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +80,6 @@ def parts(model: ModelConfig, counts: Counts | None = None) -> dict[str, list[Pi
 
 def _media(counts: Counts, name: str) -> MediaCounts:
     return counts.media.get(name, MediaCounts())
-
-
-def modulated_media(model: ModelConfig) -> tuple[str, ...]:
-    """As layers/time_conditioning.py: modalities whose patches the Atto's layers modulate."""
-    return tuple(name for name, media in model.media.items() if media.time_conditioning == "adaln_atto")
 
 
 def atto_layer(model: ModelConfig, counts: Counts) -> Iterator[Piece]:
@@ -174,7 +157,7 @@ def media_preludio(media: MediaConfig, atto_width: int, *, counts: MediaCounts) 
         yield from _cells_down(media, atto_width, rows=rows, canvases=2 * counts.spans)
     else:
         yield Map(media.patch_scalars, atto_width, rows, bias=True, of_data=True)
-    entrance = "nowhere" if media.causal else ENTRANCES[media.time_conditioning][0]
+    entrance = "nowhere" if media.causal else ENTRANCES[media.time_conditioning].preludio
     if entrance == "film":
         yield from _modulation(atto_width, parts=2, rows=counts.times + 1)
     elif entrance != "nowhere":
@@ -192,7 +175,7 @@ def media_coda(media: MediaConfig, atto_width: int, *, counts: MediaCounts) -> I
     yield Map(atto_width, width, rows, bias=True)
     yield Map(scalars, width, rows, bias=True, of_data=True)
     yield Table(sum(media.places) * width)
-    entrance = ENTRANCES[media.time_conditioning][1]
+    entrance = ENTRANCES[media.time_conditioning].coda
     if entrance == "added":
         yield from _time_embedding(width, rows=counts.times)
     elif entrance == "film":
@@ -238,12 +221,12 @@ def _swiglu(width: int, inner: int, rows: int, *, sharded: bool = False) -> Iter
 
 
 def _modulation(width: int, *, parts: int, rows: int) -> Iterator[Piece]:
-    yield Map(2 * NUM_FREQUENCIES, HIDDEN, rows, bias=True, of_data=True)
-    yield Map(HIDDEN, parts * width, rows, bias=True)
+    yield Map(2 * TIME_WAVES, TIME_WAVES, rows, bias=True, of_data=True)
+    yield Map(TIME_WAVES, parts * width, rows, bias=True)
 
 
 def _time_embedding(width: int, *, rows: int) -> Iterator[Piece]:
-    yield Map(2 * NUM_FREQUENCIES, width, rows, bias=True, of_data=True)
+    yield Map(2 * TIME_WAVES, width, rows, bias=True, of_data=True)
     yield Map(width, width, rows, bias=True)
 
 

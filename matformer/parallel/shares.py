@@ -8,7 +8,7 @@ forward, so no rank asks another how much it will send.
         positions     s a b h n n c | c e d d d s a       chunk of rank 0 | of rank 1
         encoded by    0 0 0 1 1 1 1   1 1 0 0 0 1 1       (start: by the rank in whose chunk it stands)
 
-Balanced by estimated multiplications of the units (bytes, patches), not by rows. A piece or span is never cut: local
+Balanced by the FLOPs of the units (bytes, patches), not by rows. A piece or span is never cut: local
 attention and convolutions stay inside it (docs/decisions/0015).
 """
 
@@ -23,7 +23,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from matformer.config.schema import MediaConfig, ModelConfig, TextConfig
+from matformer.config.schema import MediaConfig, ModelConfig
+from matformer.parallel.counts import MediaCounts, TextCounts
+from matformer.parallel.flops import part_flops
+from matformer.parallel.parts import media_coda, media_preludio, text_coda, text_preludio
 from matformer.parcels import Batch, Exchange, MediaUnits, TextUnits, TreeUnits
 
 Units = TypeVar("Units")
@@ -60,19 +63,16 @@ class Owners:
 
 
 def _deal(batch: Batch, *, model: ModelConfig, ranks: int) -> Owners:
-    sizes = _piece_sizes(batch.text)
     same = batch.read is batch.text
-    cost = text_cost(model.text, coda=True, preludio=same)
-    costs = {"text": [cost * size for size in sizes]}
+    costs = {"text": _piece_costs(batch.text, model=model, coda=True, preludio=same)}
     for name, units in batch.media.items():
-        patch = media_cost(model.media[name], atto_width=model.atto.width)
-        noised = torch.bincount(units.span_N[units.noised_row_Q], minlength=len(units.bucket_J))
-        clean = torch.bincount(units.span_N[units.clean_row_Q], minlength=len(units.bucket_J))
-        costs[name] = (patch[0] * (noised + clean) + patch[1] * noised).tolist()
+        costs[name] = _span_costs(units, model=model, media=model.media[name])
     dealt = deal(costs, ranks=ranks)
     text = dealt.pop("text")
-    read = text if same else deal({"read": [float(size) for size in _piece_sizes(batch.read)]}, ranks=ranks)["read"]
-    return Owners(text, read, dealt)
+    if same:
+        return Owners(text, text, dealt)
+    read = deal({"read": _piece_costs(batch.read, model=model, coda=False, preludio=True)}, ranks=ranks)
+    return Owners(text, read["read"], dealt)
 
 
 def deal(costs: Mapping[str, Sequence[float]], *, ranks: int) -> dict[str, Int[Tensor, " items"]]:
@@ -87,24 +87,36 @@ def deal(costs: Mapping[str, Sequence[float]], *, ranks: int) -> dict[str, Int[T
     return found
 
 
-def text_cost(text: TextConfig, *, preludio: bool, coda: bool) -> float:
-    """Multiplications a symbol, roughly: the weights that it meets in the local layers."""
-    block = 4 * text.width**2 + 3 * text.width * text.ffn_width
-    reader = 2 * text.width**2
-    layers = text.preludio_layers * preludio * block + text.coda_layers * coda * (block + reader)
-    return float(layers + text.width**2)
+def _piece_costs(units: TextUnits, *, model: ModelConfig, preludio: bool, coda: bool) -> list[float]:
+    """FLOPs of each piece in Preludio and Coda; pairs of attention left out."""
+
+    def flops(counts: TextCounts) -> int:
+        found = part_flops(list(text_preludio(model, counts))).total if preludio else 0
+        return found + (part_flops(list(text_coda(model, counts))).total if coda else 0)
+
+    symbols = torch.bincount(units.piece_U)
+    patches = torch.bincount(_piece_of_patch(units), minlength=len(symbols))
+    return (flops(TextCounts(symbols=1, pooled=1)) * symbols + flops(TextCounts(patches=1)) * patches).tolist()
 
 
-def media_cost(media: MediaConfig, *, atto_width: int) -> tuple[float, float]:
-    """Multiplications of a patch in the Preludio and in the Coda, roughly."""
-    scalars = media.channels * media.patch**media.rank
-    width = media.coda_width
-    coda = width * (atto_width + 3 * scalars) + media.coda_layers * 6 * width**2
-    return float(scalars * atto_width), float(coda)
+def _span_costs(units: MediaUnits, *, model: ModelConfig, media: MediaConfig) -> list[float]:
+    """FLOPs of each span with its copies in Preludio and Coda; pairs of attention left out."""
 
+    def flops(counts: MediaCounts) -> int:
+        pieces = (
+            *media_preludio(media, model.atto.width, counts=counts),
+            *media_coda(media, model.atto.width, counts=counts),
+        )
+        return part_flops(list(pieces)).total
 
-def _piece_sizes(units: TextUnits) -> list[int]:
-    return torch.bincount(units.piece_U).tolist()
+    spans = len(units.bucket_J)
+    noised = torch.bincount(units.span_N[units.noised_row_Q], minlength=spans)
+    clean = torch.bincount(units.span_N[units.clean_row_Q], minlength=spans)
+    nothing = flops(MediaCounts())
+    each = [
+        flops(one) - nothing for one in (MediaCounts(noised=1), MediaCounts(clean=1), MediaCounts(spans=1, times=1))
+    ]
+    return (each[0] * noised + each[1] * clean + each[2]).tolist()
 
 
 def _piece_of_patch(units: TextUnits) -> Int[Tensor, " P"]:

@@ -11,9 +11,10 @@ from math import ceil
 
 from matformer.config.device import DeviceConfig
 from matformer.config.schema import ModelConfig, RunConfig
+from matformer.parallel.activations import FLOAT32
 from matformer.parallel.counts import Counts
 from matformer.parallel.flops import Flops, batch_flops, flops_by_part
-from matformer.parallel.memory import LARGEST_BUCKET, Stage, microbatches, parameters_of_stage, size_of, stages
+from matformer.parallel.memory import LARGEST_BUCKET, Stage, parameters_of_stage, size_of, stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class StepTime:
 
 def step_time(config: RunConfig, counts: Counts, device: DeviceConfig) -> StepTime:
     """Of the config's plan on these devices."""
-    many, all_stages = microbatches(config), stages(config)
+    many, all_stages = config.microbatches, stages(config)
     computes = [_compute(config, counts, stage, device) for stage in all_stages]
     sums = [_tensor_seconds(config, counts, stage, device) for stage in all_stages]
     slowest = max(range(len(all_stages)), key=lambda number: computes[number] + sums[number])
@@ -69,7 +70,7 @@ def step_time(config: RunConfig, counts: Counts, device: DeviceConfig) -> StepTi
 def bubble_share(config: RunConfig) -> float:
     """Of the pipeline's time in which a stage waits, were all stages alike: (pp - 1) / (m + pp - 1)."""
     pp = config.parallel.pp
-    return (pp - 1) / (microbatches(config) + pp - 1)
+    return (pp - 1) / (config.microbatches + pp - 1)
 
 
 def _rate(width: float, device: DeviceConfig) -> float:
@@ -102,7 +103,7 @@ def _boundary(config: RunConfig, counts: Counts) -> float:
 
 def traffic(config: RunConfig, counts: Counts) -> Traffic:
     """Of the rank that sends most."""
-    many, parallel = microbatches(config), config.parallel
+    many, parallel = config.microbatches, config.parallel
     layers = max(stage.layers for stage in stages(config))
     data = max(_reduced_bytes(config, stage) for stage in stages(config))
     sent = _boundary(config, counts) / (parallel.tp if parallel.sequence_parallel else 1)
@@ -143,15 +144,17 @@ def _pipeline_seconds(config: RunConfig, counts: Counts, device: DeviceConfig) -
 
 
 def _reduced_bytes(config: RunConfig, stage: Stage) -> float:
-    """A rank's bytes over DP in a step: gradients reduced, weights gathered (ZeRO 2 and 3: in each microbatch)."""
-    parallel, many = config.parallel, microbatches(config)
+    """A rank's bytes over DP in a step: gradients reduced in float32, weights gathered (ZeRO 2 and 3: in each
+    microbatch).
+    """
+    parallel, many = config.parallel, config.microbatches
     number, size = parameters_of_stage(config.model, stage, tp=parallel.tp), size_of(parallel)
     part = (parallel.dp - 1) / parallel.dp * number
     if parallel.zero_stage == 1:  # BF16_Optimizer sums all of them, the other sends each to its owner
-        return part * (2 * size if size == 2 else size) + part * size
+        return part * (2 if size < FLOAT32 else 1) * FLOAT32 + part * size
     if parallel.zero_stage == 2:
-        return many * part * size + part * size
-    return many * 3 * part * size
+        return many * part * FLOAT32 + part * size
+    return many * part * (FLOAT32 + 2 * size)
 
 
 def _largest_ends(config: RunConfig, device: DeviceConfig) -> tuple[float, float]:
@@ -167,9 +170,9 @@ def _data_seconds(config: RunConfig, stage: Stage, device: DeviceConfig) -> floa
     inside = parallel.ranks <= device.devices_a_node
     rate = (device.in_node_gb_s if inside else device.between_nodes_gb_s) * 1e9
     number = parameters_of_stage(config.model, stage, tp=parallel.tp)
-    calls = 2 * ceil(number / LARGEST_BUCKET) * (1 if parallel.zero_stage == 1 else microbatches(config))
+    calls = 2 * ceil(number / LARGEST_BUCKET) * (1 if parallel.zero_stage == 1 else config.microbatches)
     if parallel.zero_stage == 3:  # every matrix of a layer by itself, both ways
-        calls += microbatches(config) * stage.layers * 2 * 6
+        calls += config.microbatches * stage.layers * 2 * 6
     return _reduced_bytes(config, stage) / rate + calls * device.latency_us * 1e-6
 
 

@@ -67,7 +67,7 @@ def layout_row(one: Estimate, device: DeviceConfig) -> Row:
         str(parallel.pp),
         str(parallel.dp),
         str(parallel.zero_stage),
-        f"{one.config.train.micro_batch} x {one.microbatches}",
+        f"{one.config.train.micro_batch} x {one.config.microbatches}",
         gib(one.memory.peak) + ("" if one.fits(device) else " too much"),
         f"{one.bubble:.0%}",
         seconds(one.time.total),

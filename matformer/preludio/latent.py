@@ -11,12 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from matformer.config.schema import MediaObjective, TimeConditioning
+from matformer.config.time_conditioning import ENTRANCES
 from matformer.layers.cells import CellsDown, CellShape, canvases
 from matformer.layers.flow import clean_alone, noised_rows
 from matformer.layers.modulation import TimeModulation, modulate
 from matformer.layers.place_embedding import PlaceEmbedding
 from matformer.layers.precondition import Precondition
-from matformer.layers.time_conditioning import ENTRANCES
 from matformer.layers.time_embedding import TimeEmbedding
 from matformer.parcels import MediaUnits
 from matformer.preludio.base import Preludio

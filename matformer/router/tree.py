@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from matformer.layers.place_embedding import PlaceEmbedding
 from matformer.layers.precision import at_least_float32
 from matformer.parcels import TreeUnits
-
-WIDTH = 64
+from matformer.shapes import TREE_WIDTH
 
 
 @final
@@ -25,10 +24,10 @@ class TreeHead(nn.Module):
 
     def __init__(self, atto_width: int, *, places: Sequence[int], levels: int) -> None:
         super().__init__()
-        self.header = nn.Linear(atto_width, WIDTH)
-        self.place = PlaceEmbedding(WIDTH, sizes=places)
-        self.level_embedding = nn.Embedding(levels, WIDTH)
-        self.head = nn.Linear(WIDTH, 1)
+        self.header = nn.Linear(atto_width, TREE_WIDTH)
+        self.place = PlaceEmbedding(TREE_WIDTH, sizes=places)
+        self.level_embedding = nn.Embedding(levels, TREE_WIDTH)
+        self.head = nn.Linear(TREE_WIDTH, 1)
 
     def forward(self, latent_LH: Float[Tensor, "L H"], units: TreeUnits) -> Float[Tensor, " K"]:
         header_JD = self.header(latent_LH.index_select(0, units.slot_J))

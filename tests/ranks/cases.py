@@ -29,12 +29,11 @@ from matformer.checkpoint.store import Checkpoint, save
 from matformer.config.schema import RunConfig
 from matformer.engine.average import Average
 from matformer.engine.gradients import gradient_row
-from matformer.engine.loop import build_model
+from matformer.engine.loop import build_model, build_stages
 from matformer.engine.step import metrics_row, optimizer_step
 from matformer.hosts.base import Host
 from matformer.layers.precision import at_least_float32
 from matformer.losses.total import total_loss
-from matformer.model import Matformer
 from matformer.parallel.groups import Groups
 from matformer.parcels import Batch
 from tests.made import plain_host
@@ -161,11 +160,7 @@ def double_gradients(config: RunConfig, batches: GlobalBatch) -> Arrays:
     torch.set_num_threads(1)
     host = MegatronHost(config)
     try:
-        stages = [
-            Matformer(config.model, trunk=trunk, is_first=trunk.is_first, is_last=trunk.is_last)
-            for trunk in host.build_trunks()
-        ]
-        model = stages[0] if len(stages) == 1 else torch.nn.ModuleList(stages)
+        model = build_stages(host, config)
         host.lay_out(model)
         reference = plain_host(config).state().weights
         for name, parameter in model.named_parameters():

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from matformer.config.schema import RunConfig
+from matformer.engine.loop import build_stages
 from matformer.hosts.hosted import MegatronHost
-from matformer.model import Matformer
 from tests.ranks.cases import parallel_state
 
 
@@ -24,8 +24,7 @@ def parameters_on_meta(config: RunConfig, ranks: tuple[int, ...]) -> list[int]:
         _build_groups(config)
         host = MegatronHost(config)
         with torch.device("meta"):
-            (trunk,) = host.build_trunks()
-            model = Matformer(config.model, trunk=trunk, is_first=trunk.is_first, is_last=trunk.is_last)
+            model = build_stages(host, config)
         assert all(parameter.is_meta for parameter in model.parameters())
         found.append(sum(parameter.numel() for parameter in model.parameters()))
         parallel_state.destroy_model_parallel()

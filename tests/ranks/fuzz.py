@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -71,8 +72,8 @@ def _one(draws: np.random.Generator, choices: Sequence[Any]) -> Any:  # noqa: AN
 def _draw_keys(
     draws: np.random.Generator, *, most_ranks: int
 ) -> tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]:
-    layout: dict[str, Any] = {"tp": 99}
-    while layout["tp"] * layout["pp"] * layout["dp"] > most_ranks if "pp" in layout else True:
+    layout: dict[str, Any] = {}
+    while not 2 <= prod(layout.values()) <= most_ranks:  # of one rank there is nothing to find
         layout = {name: _one(draws, (1, 1, 2, 2, 4)) for name in ("tp", "pp", "dp")}
     layout["sequence_parallel"] = layout["tp"] > 1 and bool(draws.integers(2))
     layout["recompute"] = _one(draws, ("none", "none", "selective", "full"))

@@ -77,7 +77,8 @@ def test_ranks_share_the_cores_unless_the_user_says_how_many(monkeypatch: pytest
     seen: list[str] = []
     monkeypatch.setattr(launch, "torchrun", lambda arguments: seen.append(os.environ["OMP_NUM_THREADS"]))
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # so that what it was comes back, also if there was none
+    monkeypatch.delenv("OMP_NUM_THREADS")
     launch.main(["--nproc-per-node=2", "script.py"])
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     launch.main(["--nproc-per-node=2", "script.py"])

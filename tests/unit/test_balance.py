@@ -48,7 +48,12 @@ def cut_after(one: Document, span: int, patch: int) -> Piece:
 
 @pytest.mark.parametrize(
     "keys",
-    [{}, {"time_conditioning": "token"}, {"objective": "next_latent", "next_latent": {"noises": 1}}],
+    [
+        {},
+        {"time_conditioning": "token"},
+        {"media_context": "noised"},
+        {"objective": "next_latent", "next_latent": {"noises": 1}},
+    ],
 )
 def test_what_is_told_before_packing_is_what_is_counted_after(keys: dict[str, Any]) -> None:
     model = with_media(MODEL, **keys)

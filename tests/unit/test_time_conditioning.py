@@ -16,6 +16,7 @@ import matformer.model
 from matformer.atto import masks, trunk
 from matformer.coda.latent import LatentCoda
 from matformer.config.schema import ModelConfig, RunConfig, TimeConditioning
+from matformer.config.time_conditioning import ENTRANCES
 from matformer.data.packing import (
     Noise,
     Piece,
@@ -30,7 +31,6 @@ from matformer.data.sources import Document, MediaSpan
 from matformer.engine.step import loss_weights
 from matformer.layers.modulation import TimeModulation, modulate, position_times, rows_of_positions
 from matformer.layers.tiles import ROWS
-from matformer.layers.time_conditioning import ENTRANCES
 from matformer.layers.time_embedding import TimeEmbedding, time_waves
 from matformer.losses.total import total_loss
 from matformer.model import Matformer

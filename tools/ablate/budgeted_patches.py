@@ -30,8 +30,8 @@ from tables import difference_by_document, loss_a_unit
 from matformer.config.load import load_run, save_resolved
 from matformer.config.schema import RunConfig
 from matformer.data.copies import num_latents
-from matformer.data.loader import heldout_documents, pack_documents
-from matformer.data.packing import Piece, Place, document_positions, draw_training_noise, pack_batch
+from matformer.data.loader import heldout_documents, pack_documents, training_noise
+from matformer.data.packing import Piece, Place, document_positions, pack_batch
 from matformer.data.sources import Document, MediaSpan, open_source
 from matformer.data.statistics import with_statistics
 from matformer.engine.document_sums import document_sums, gather_documents
@@ -141,18 +141,7 @@ def training_batches(config: RunConfig) -> Iterator[Batch]:
 
 def _in_rows(documents: Sequence[Document], *, config: RunConfig, step: int) -> Batch:
     """Each document a row, as long as the longest."""
-    data = config.data
-    draws = [
-        draw_training_noise(
-            seed=config.seed,
-            step=step,
-            lane=lane,
-            blind_probability=data.blind_probability,
-            time_shift=data.time_shift,
-            time_sampler=data.time_sampler,
-        )
-        for lane in range(len(documents))
-    ]
+    draws = [training_noise(config, step=step, lane=lane) for lane in range(len(documents))]
     rows = [[Piece(one, Place(), Place(len(one.spans)))] for one in documents]
     length = max(document_positions(one, model=config.model) for one in documents)
     return pack_batch(rows, draws, model=config.model, sequence_latents=length)
