@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from matformer.data.text_rows import with_masks
 from matformer.hosts.plain import PlainHost
 from matformer.model import Matformer
 from matformer.parcels import Batch
+from tests.tolerances import SAME_SUM
 
 PATCHER = StaticPatcher(3)
 LENGTH = 48  # latents of a sequence
@@ -190,6 +192,30 @@ def plain_host(config: RunConfig, *, stirred: bool = True) -> PlainHost:
             for name, weight in model.named_parameters():
                 weight.copy_(stirred_value(name, weight))
     return host
+
+
+def sums_by_document(model: Matformer, batch: Batch) -> dict[str, dict[str, float]]:
+    """Document -> part -> its sum."""
+    with torch.no_grad():
+        sums = model(batch)
+    return {key: {part: float(sums[part][i]) for part in sums} for i, key in enumerate(batch.document_keys)}
+
+
+def assert_same_sums(found: Mapping[str, Mapping[str, float]], expected: Mapping[str, Mapping[str, float]]) -> None:
+    """Every document that was found has the sums that are expected of it, in float64."""
+    for key, parts in found.items():
+        for part, value in parts.items():
+            limit = SAME_SUM[torch.float64] * max(abs(expected[key][part]), 1.0)
+            assert abs(value - expected[key][part]) <= limit, (key, part)
+
+
+def gradient_by_pictures(model: Matformer, part: str, batch: Batch, *, by: str) -> Tensor:
+    """Of a part of the loss by values or noise of the pictures; zeros where it does not depend on them."""
+    units = batch.media["image"]
+    leaf = getattr(units, by).double().requires_grad_()
+    sums = model(replace(batch, media={**batch.media, "image": replace(units, **{by: leaf})}))
+    (found,) = torch.autograd.grad(sums[part].sum(), leaf, allow_unused=True)
+    return torch.zeros_like(leaf) if found is None else found
 
 
 def write_text(folder: Path, *, blocks: list[list[bytes]]) -> None:

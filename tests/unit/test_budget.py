@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from matformer.config.schema import MediaConfig, ModelConfig
 from matformer.data.packing import Piece, Place, build_batch, document_positions, draw_zeros, largest_span, pack_batch
@@ -20,8 +19,15 @@ from matformer.hosts.plain import PlainHost
 from matformer.layers.quad_tree import leaf_numbers, num_leaves
 from matformer.model import Matformer
 from matformer.parcels import Batch, Kind
-from tests.made import PATCHER, plain_host, tiny_model, tiny_run
-from tests.tolerances import SAME_SUM
+from tests.made import (
+    PATCHER,
+    assert_same_sums,
+    gradient_by_pictures,
+    plain_host,
+    sums_by_document,
+    tiny_model,
+    tiny_run,
+)
 
 
 def budgeted(model: ModelConfig, **budget: object) -> ModelConfig:
@@ -148,39 +154,21 @@ def test_what_a_leaf_leaves_out_of_its_mean_still_reaches_the_text() -> None:
     assert (before - after).abs() > 1e-6
 
 
-def sums_of(model: Matformer, batch: Batch) -> Mapping[str, Mapping[str, float]]:
-    with torch.no_grad():
-        sums = model(batch)
-    return {key: {part: float(sums[part][i]) for part in sums} for i, key in enumerate(batch.document_keys)}
-
-
 def test_packed_in_any_order_is_alone() -> None:
     model, every = made(), documents()
     expected: dict[str, Mapping[str, float]] = {}
     for one in every:
-        expected |= sums_of(model, packed([[one]], length=document_positions(one, model=HALF)))
+        expected |= sums_by_document(model, packed([[one]], length=document_positions(one, model=HALF)))
     for rows in ([every], [every[::-1]], [every[1:3], every[:1] + every[3:]]):
-        for key, parts in sums_of(model, packed(rows, length=160)).items():
-            for part, value in parts.items():
-                limit = SAME_SUM[torch.float64] * max(abs(expected[key][part]), 1.0)
-                assert abs(value - expected[key][part]) <= limit, (key, part)
-
-
-def gradient_of(part: str, batch: Batch, *, by: str) -> Tensor:
-    """Of a part of the loss by values or noise of the pictures."""
-    model, units = made(), batch.media["image"]
-    leaf = getattr(units, by).double().requires_grad_()
-    sums = model(replace(batch, media={**batch.media, "image": replace(units, **{by: leaf})}))
-    (found,) = torch.autograd.grad(sums[part].sum(), leaf, allow_unused=True)
-    return torch.zeros_like(leaf) if found is None else found
+        assert_same_sums(sums_by_document(model, packed(rows, length=160)), expected)
 
 
 def test_nothing_but_its_own_loss_depends_on_a_noised_span() -> None:
     batch = packed([documents()], length=160)
-    assert not gradient_of("text", batch, by="noise_QF").any()
-    assert not gradient_of("router", batch, by="noise_QF").any()
-    assert gradient_of("image", batch, by="noise_QF").any()
-    assert gradient_of("text", batch, by="value_NF").any()
+    assert not gradient_by_pictures(made(), "text", batch, by="noise_QF").any()
+    assert not gradient_by_pictures(made(), "router", batch, by="noise_QF").any()
+    assert gradient_by_pictures(made(), "image", batch, by="noise_QF").any()
+    assert gradient_by_pictures(made(), "text", batch, by="value_NF").any()
 
 
 @pytest.mark.parametrize("unet_width", [0, 4])
@@ -211,7 +199,7 @@ def test_the_tree_does_not_tell_a_noised_span_anything() -> None:
     trees = [span.tree, image(9).tree, np.full(16, 2)]
     assert not (trees[0] == trees[1]).all()
     sums = [
-        sums_of(model, packed([[document("a", b"red", replace(span, tree=tree), b"x")]], length=60))["a"]
+        sums_by_document(model, packed([[document("a", b"red", replace(span, tree=tree), b"x")]], length=60))["a"]
         for tree in trees
     ]
     assert sums[0]["image"] == pytest.approx(sums[1]["image"], rel=1e-12)

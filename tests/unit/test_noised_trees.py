@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from matformer.config.schema import ModelConfig
 from matformer.data.packing import Piece, Place, build_batch, document_positions, draw_zeros, largest_span, pack_batch
@@ -21,8 +20,15 @@ from matformer.layers.quad_tree import asked_blocks, budgeted_levels, drawn_leve
 from matformer.losses.route import split_nats
 from matformer.model import Matformer
 from matformer.parcels import Batch, Kind
-from tests.made import PATCHER, plain_host, tiny_model, tiny_run
-from tests.tolerances import SAME_SUM
+from tests.made import (
+    PATCHER,
+    assert_same_sums,
+    gradient_by_pictures,
+    plain_host,
+    sums_by_document,
+    tiny_model,
+    tiny_run,
+)
 
 BUDGET = {"share": 0.5, "levels": 2, "noised_tree": "own"}
 
@@ -70,12 +76,6 @@ def made() -> Matformer:
     found = plain_host(tiny_run().model_copy(update={"model": MODEL})).model
     assert isinstance(found, Matformer)
     return found.double()
-
-
-def sums_of(model: Matformer, batch: Batch) -> dict[str, dict[str, float]]:
-    with torch.no_grad():
-        sums = model(batch)
-    return {key: {part: float(sums[part][i]) for part in sums} for i, key in enumerate(batch.document_keys)}
 
 
 def test_both_copies_take_the_budget_and_every_scalar_is_still_scored() -> None:
@@ -130,28 +130,17 @@ def test_packed_in_any_order_is_alone() -> None:
     model, every = made(), documents()
     expected: dict[str, dict[str, float]] = {}
     for one in every:
-        expected |= sums_of(model, packed([one], length=document_positions(one, model=MODEL)))
+        expected |= sums_by_document(model, packed([one], length=document_positions(one, model=MODEL)))
     assert expected["a"]["router"] > expected["d"]["router"]
     for rows in ([every], [every[::-1]], [every[2:], every[:2]]):
-        for key, parts in sums_of(model, packed(*rows)).items():
-            for part, value in parts.items():
-                limit = SAME_SUM[torch.float64] * max(abs(expected[key][part]), 1.0)
-                assert abs(value - expected[key][part]) <= limit, (key, part)
-
-
-def gradient_of(part: str, batch: Batch, *, by: str) -> Tensor:
-    model, units = made(), batch.media["image"]
-    leaf = getattr(units, by).double().requires_grad_()
-    sums = model(replace(batch, media={**batch.media, "image": replace(units, **{by: leaf})}))
-    (found,) = torch.autograd.grad(sums[part].sum(), leaf, allow_unused=True)
-    return torch.zeros_like(leaf) if found is None else found
+        assert_same_sums(sums_by_document(model, packed(*rows)), expected)
 
 
 def test_nothing_but_its_own_loss_depends_on_a_noised_copy() -> None:
     batch = packed(documents())
     for part in ("text", "router", "audio"):
-        assert not gradient_of(part, batch, by="noise_QF").any(), part
-    assert gradient_of("image", batch, by="noise_QF").any()
+        assert not gradient_by_pictures(made(), part, batch, by="noise_QF").any(), part
+    assert gradient_by_pictures(made(), "image", batch, by="noise_QF").any()
 
 
 def test_a_tree_is_predicted_before_anything_of_its_span_is_seen() -> None:

@@ -99,7 +99,7 @@ def test_the_bubble_is_that_of_1f1b() -> None:
 
 
 def test_traffic_is_that_of_rings() -> None:
-    """Of a stream of 8,192 x 2,048 numbers in bfloat16, 24 layers; of 1.3 G parameters gradients in float32, weights."""
+    """Of a stream of 8,192 x 2,048 numbers in bfloat16, 24 layers; of 1.3 G parameters, gradients in float32."""
     stream = 8192 * 2048 * 2
     run = run_of("1b", "parallel.tp=2", "parallel.dp=1", "train.global_batch=4")
     assert estimate_of(run).traffic.tensor == 4 * 24 * 8 * stream / 2
