@@ -32,7 +32,7 @@ class Start(nn.Module):
         self.embedding = nn.Embedding(1, width)
 
     def forward(self, kind_L: Int[Tensor, " L"]) -> Float[Tensor, "L H"]:
-        start_L1 = (kind_L == Kind.START)[:, None]
+        start_L1 = (kind_L == int(Kind.START))[:, None]  # a compiler takes the bare enum for False
         row_1H = self.embedding(torch.zeros(1, dtype=torch.long, device=start_L1.device))
         return start_L1.to(row_1H.dtype) * row_1H
 

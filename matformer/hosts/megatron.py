@@ -273,8 +273,7 @@ class AttoCore(nn.Module):
         packed_seq_params: AttoView,
         **_: object,
     ) -> Float[Tensor, "L 1 AK"]:
-        rows = packed_seq_params.visible_BSS.shape[:2]
-        query, key, value = (x.view(*rows, *x.shape[2:]) for x in (query, key, value))
+        query, key, value = (x.view(*packed_seq_params.rows, *x.shape[2:]) for x in (query, key, value))
         out = atto_attention(query, key, value, view=packed_seq_params)
         return out.reshape(-1, 1, out.shape[2] * out.shape[3])
 
