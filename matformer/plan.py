@@ -47,7 +47,7 @@ def rows(config: RunConfig) -> list[tuple[str, str]]:
     """What the run will be, as (name, value) for a table."""
     model, data, parallel, train = config.model, config.data, config.parallel, config.train
     accumulated = config.microbatches
-    degrees = f"tp {parallel.tp} x pp {parallel.pp} x dp {parallel.dp}"
+    degrees = f"tp {parallel.tp} x cp {parallel.cp} x pp {parallel.pp} x dp {parallel.dp}"
     media = ", ".join(f"{name} ({_largest(one.buckets, patch=one.patch)})" for name, one in model.media.items())
     return [
         ("run", f"{config.name}, into {Path(config.run.folder, config.name)}"),

@@ -299,9 +299,10 @@ class DataConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Degrees of parallelism; ranks = tp * pp * dp."""
+    """Degrees of parallelism; ranks = tp * cp * pp * dp."""
 
     tp: Positive = 1
+    cp: Positive = Field(default=1, description="ranks that each hold a chunk of the positions of the same sequences")
     pp: Positive = 1
     dp: Positive = 1
     virtual_stages: Positive = Field(default=1, description="stages a pipeline rank (interleaved schedule; pp > 1)")
@@ -324,7 +325,7 @@ class ParallelConfig(Section):
 
     @property
     def ranks(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.cp * self.pp * self.dp
 
     def layers_of_stages(self, layers: int) -> tuple[int, ...]:
         """Layers of each stage, in running order: stage s stands on pipeline rank s % pp."""

@@ -29,8 +29,8 @@ def test_stages_of_large_models_hold_what_the_plan_says(name: str, degrees: dict
     config = load_run(CONFIGS / f"{name}.yaml", overrides)
     check(config)
     parallel = config.parallel
-    plan = Plan(tp=parallel.tp, pp=parallel.pp, dp=parallel.dp)
-    firsts = tuple(plan.rank_at(tp=parallel.tp - 1, pp=pp, dp=0) for pp in range(parallel.pp))
+    plan = Plan(tp=parallel.tp, cp=parallel.cp, pp=parallel.pp, dp=parallel.dp)
+    firsts = tuple(plan.rank_at(tp=parallel.tp - 1, pp=pp) for pp in range(parallel.pp))
     with Ranks(1) as ranks:
         (found,) = ranks.run(parameters_on_meta, config, firsts, limit_seconds=120.0)
     assert found == [parameters_of_stage(config.model, stage, tp=parallel.tp) for stage in stages(config)]
