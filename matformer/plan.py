@@ -85,7 +85,7 @@ def _cluster(config: RunConfig, asked: argparse.Namespace) -> list[str]:
     from matformer.config.device import load_device  # here, as scripts that ask for one value pay for every import
     from matformer.parallel import tables
     from matformer.parallel.expected import guess_of
-    from matformer.parallel.layouts import estimate, estimates, no_layout
+    from matformer.parallel.layouts import estimate, estimates, load_of, no_layout
 
     device = load_device(_device_file(asked.device, config_file=Path(asked.config)))
     guess = guess_of(config, patch_bytes=asked.patch_bytes)
@@ -93,7 +93,7 @@ def _cluster(config: RunConfig, asked: argparse.Namespace) -> list[str]:
     lines += _table(tables.parts_rows(config, guess), head=tables.PARTS_HEAD)
     lines += ["", *_table([tables.guess_row(guess), ("device", f"{device.name}: {device.source}")])]
     if config.parallel.ranks == asked.gpus:
-        own = estimate(config, guess, device)
+        own = estimate(config, load_of(config, guess), device)
         lines += ["", "the config's own layout", *_table([tables.layout_row(own, device)], head=tables.LAYOUTS_HEAD)]
         lines += _table(tables.detail_rows(own, device))
     found = estimates(config, guess, device, gpus=asked.gpus)

@@ -18,7 +18,9 @@ Row = tuple[str, ...]
 
 PARTS_HEAD: Row = ("part", "parameters", "FLOPs", "of all", "units a sequence", "FLOPs a unit")
 MANY = {"patch": "patches"}
-LAYOUTS_HEAD: Row = ("tp", "pp", "dp", "ZeRO", "microbatch", "memory", "bubble", "step", "MFU", "latents/s")
+LAYOUTS_HEAD: Row = (
+    *("tp", "pp x stages", "dp", "ZeRO", "recompute", "microbatch", "memory", "bubble", "step", "MFU", "latents/s"),
+)
 
 
 def parts_rows(config: RunConfig, guess: Guess) -> list[Row]:
@@ -64,9 +66,10 @@ def layout_row(one: Estimate, device: DeviceConfig) -> Row:
     rate = one.config.train.global_batch * one.config.data.sequence_latents / one.time.total
     return (
         f"{parallel.tp}{' sp' if parallel.sequence_parallel else ''}",
-        str(parallel.pp),
+        f"{parallel.pp} x {parallel.virtual_stages}",
         str(parallel.dp),
         str(parallel.zero_stage),
+        parallel.recompute,
         f"{one.config.train.micro_batch} x {one.config.microbatches}",
         gib(one.memory.peak) + ("" if one.fits(device) else " too much"),
         f"{one.bubble:.0%}",
@@ -79,12 +82,14 @@ def layout_row(one: Estimate, device: DeviceConfig) -> Row:
 def detail_rows(one: Estimate, device: DeviceConfig) -> list[Row]:
     """Memory, traffic and time of a layout, item by item."""
     memory, time = one.memory, one.time
-    names = [field.name for field in fields(RankMemory) if getattr(memory, field.name)]
+    names = [field.name for field in fields(RankMemory) if getattr(memory, field.name) and field.name != "host"]
+    host = [("in the host's memory", f"{gib(memory.host)}: the optimizer, whose update's time is not counted")]
     phases = ", ".join(f"{name} {gib(value)}" for name, value in memory.phases.items())
     sent = one.traffic
     return [
         ("memory of the fullest rank", ", ".join(f"{name} {gib(getattr(memory, name))}" for name in names)),
         ("at most in", f"{phases}; {gib(device.usable_bytes)} can be used"),
+        *(host if memory.host else ()),
         ("sent by a rank a step", f"TP {gib(sent.tensor)}, PP {gib(sent.pipeline)}, DP {gib(sent.data)}"),
         (
             "time of a step",
@@ -92,6 +97,7 @@ def detail_rows(one: Estimate, device: DeviceConfig) -> list[Row]:
                 f"{name} {seconds(value)}"
                 for name, value in (
                     ("products", time.compute),
+                    ("computed again", time.again),
                     ("TP", time.tensor),
                     ("PP", time.pipeline),
                     ("bubble", time.bubble),
