@@ -48,10 +48,16 @@ def rows(config: RunConfig) -> list[tuple[str, str]]:
     model, data, parallel, train = config.model, config.data, config.parallel, config.train
     accumulated = config.microbatches
     degrees = f"tp {parallel.tp} x pp {parallel.pp} x dp {parallel.dp}"
+    if parallel.virtual_stages > 1:
+        degrees += f" ({parallel.virtual_stages} stages a rank)"
+    again = f", recompute {parallel.recompute}" if parallel.recompute != "none" else ""
     media = ", ".join(f"{name} ({_largest(one.buckets, patch=one.patch)})" for name, one in model.media.items())
     return [
         ("run", f"{config.name}, into {Path(config.run.folder, config.name)}"),
-        ("ranks", f"{parallel.ranks} = {degrees}, ZeRO {parallel.zero_stage}, {parallel.dtype}, {parallel.host}"),
+        (
+            "ranks",
+            f"{parallel.ranks} = {degrees}, ZeRO {parallel.zero_stage}, {parallel.dtype}{again}, {parallel.host}",
+        ),
         ("atto", f"{model.atto.layers} layers, width {model.atto.width}, {model.atto.heads} heads"),
         ("layers a stage", ", ".join(map(str, dict.fromkeys(parallel.layers_of_stages(model.atto.layers))))),
         ("media", media or "none"),

@@ -18,6 +18,7 @@ Row = tuple[str, ...]
 
 PARTS_HEAD: Row = ("part", "parameters", "FLOPs", "of all", "units a sequence", "FLOPs a unit")
 MANY = {"patch": "patches"}
+AS_FAST = 1.01  # steps that differ by less are equal: no expectation is that good
 LAYOUTS_HEAD: Row = (
     *("tp", "pp x stages", "dp", "ZeRO", "recompute", "microbatch", "memory", "bubble", "step", "MFU", "latents/s"),
 )
@@ -132,15 +133,24 @@ def plan_file(one: Estimate, *, command: str) -> str:
 
 
 def best(found: Sequence[Estimate], device: DeviceConfig, *, count: int) -> list[Estimate]:
-    """The fastest that fit, one microbatch size of each layout; if none fits, those that lack least."""
+    """The fastest that fit, one a layout; if none fits, those that lack least.
+
+    Of microbatches, stages a rank and recomputes whose steps are as good as equal, the one that needs least memory.
+    """
     fitting = [one for one in found if one.fits(device)]
     if not fitting:
         return sorted(found, key=lambda one: one.memory.peak)[:count]
-    chosen: dict[tuple[int, ...], Estimate] = {}
+    layouts: dict[tuple[int, ...], list[Estimate]] = {}
     for one in fitting:
         parallel = one.config.parallel
-        chosen.setdefault((parallel.tp, parallel.pp, parallel.zero_stage), one)
-    return list(chosen.values())[:count]
+        layouts.setdefault((parallel.tp, parallel.pp, parallel.zero_stage), []).append(one)
+    chosen = [min(_as_fast(alike), key=lambda one: one.memory.peak) for alike in layouts.values()]
+    return sorted(chosen, key=lambda one: one.time.total)[:count]
+
+
+def _as_fast(found: Sequence[Estimate]) -> list[Estimate]:
+    fastest = min(one.time.total for one in found)
+    return [one for one in found if one.time.total <= AS_FAST * fastest]
 
 
 def large(number: float) -> str:

@@ -180,6 +180,21 @@ def test_the_search_interleaves_and_computes_again_only_what_does_not_fit() -> N
     assert {len(same) for same in by_layout.values()} == {1, 2, 3}
 
 
+def test_of_steps_as_good_as_equal_the_best_needs_least_memory() -> None:
+    run = run_of("1b")
+    found = estimates(run, guess_of(run), H100, gpus=64)
+    for one in best(found, H100, count=100):
+        degrees = {key: getattr(one.config.parallel, key) for key in ("tp", "pp", "zero_stage")}
+        alike = [
+            other
+            for other in found
+            if other.fits(H100) and {key: getattr(other.config.parallel, key) for key in degrees} == degrees
+        ]
+        fastest = min(other.time.total for other in alike)
+        assert one.time.total <= 1.01 * fastest
+        assert not any(o.memory.peak < one.memory.peak and o.time.total <= 1.01 * fastest for o in alike)
+
+
 def test_the_bubble_is_that_of_1f1b() -> None:
     run = run_of("1b", "parallel.pp=4", "train.global_batch=16")
     found = estimate_of(run)
@@ -225,6 +240,23 @@ def test_expected_counts_fill_the_sequence() -> None:
     documents = run.train.micro_batch
     assert text.atto.seen == documents * document_pairs([("causal", run.data.sequence_latents)])
     assert text.text.symbols == round(4.0 * (text.positions - documents)) + documents
+
+
+def test_a_coda_that_attends_sees_its_window() -> None:
+    run = run_of("1b", "model.media.image.coda=dit", "model.media.image.coda_window=8")
+    found = expected_counts(run, Guess(symbols=4.0)).media["image"]
+    assert found.pairs.seen == found.noised * 15 > 0 and found.leaves == ()
+
+
+def test_a_budget_leaves_the_sequence_fewer_latents_of_a_span() -> None:
+    given = "data.sources.images.generate_probability=0"
+    budget = "model.media.image.budget={share: 0.5, levels: 2}"
+    for keys, latents in (((), (256, 576, 1024)), ((budget,), (127, 288, 511))):  # a split adds three
+        run = run_of("1b", given, *keys)
+        check(run)
+        found = expected_counts(run, Guess(symbols=4.0), source="images").media["image"]
+        assert found.spans == round(8192 / (round(sum(latents) / 3) + 3 + 64 / 4))
+        assert found.clean == pytest.approx(found.spans * (256 + 576 + 1024) / 3, rel=0.05) and found.noised == 0
 
 
 def test_memory_is_that_of_the_worst_source() -> None:
