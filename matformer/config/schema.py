@@ -20,6 +20,7 @@ TimeSampler = Literal["uniform", "logit_normal", "mode"]
 LossWeighting = Literal["none", "min_snr", "cosmap"]
 MediaContext = Literal["clean_copy", "noised"]
 CodaKind = Literal["linear", "mlp", "dit"]
+Recompute = Literal["none", "selective", "full"]
 Ngrams = tuple[Annotated[int, Field(ge=2)], ...]
 
 
@@ -230,6 +231,9 @@ class ModelConfig(Section):
         description="what follows a generated span sees: a clean copy of it, or (Transfusion) its noised patches",
     )
 
+    def __hash__(self) -> int:
+        return hash((self.atto, self.text))  # of equal models the same; `media` has no hash
+
     @property
     def diffuses_text(self) -> bool:
         """Whether text is learned by filling in what is masked, both ways."""
@@ -309,7 +313,7 @@ class ParallelConfig(Section):
     stage_layers: tuple[Positive, ...] | None = Field(
         default=None, description="layers of each of the pp * virtual_stages stages, in running order; null: equal"
     )
-    recompute: Literal["none", "selective", "full"] = Field(
+    recompute: Recompute = Field(
         default="none", description="in backward: selective, each layer's feed-forward and attention; full, each layer"
     )
     offload_optimizer: bool = Field(default=False, description="ZeRO 2 and 3: masters and moments in CPU memory")

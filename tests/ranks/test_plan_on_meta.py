@@ -21,6 +21,7 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "run"
     [
         ("8b", {"tp": 8, "pp": 4, "dp": 2, "sequence_parallel": "true"}),
         ("1b", {"tp": 2, "pp": 1, "dp": 64, "sequence_parallel": "true"}),
+        ("1b", {"pp": 4, "virtual_stages": 2, "stage_layers": "[2,3,3,3,3,3,3,4]"}),
         ("1b", {"tp": 1, "pp": 8, "dp": 1, "model.media.image.time_conditioning": "adaln_atto"}),
     ],
 )
