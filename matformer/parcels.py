@@ -112,6 +112,7 @@ class MediaUnits:
     header_slot, closing_slot: flat positions of each span's header and closing; bucket: its shape bucket.
     weight: of the squared errors at each time in the loss; 1 in held-out batches.
     time_span / time_slot: span and flat position of each position that holds nothing but t (conditioning `token`).
+    patches_of_levels: on a device, how many patches of both copies stand in leaves of each level: the host knows.
     What is predicted of a noised row is noise - value under `flow`; `layers/noise_levels.py` has the others.
     """
 
@@ -134,6 +135,17 @@ class MediaUnits:
     clean_level_Q: Int[Tensor, " Qc"]
     time_span_Q: Int[Tensor, " Qt"]
     time_slot_Q: Int[Tensor, " Qt"]
+    patches_of_levels: tuple[int, ...] | None = None
+
+    def to(self, device: torch.device) -> MediaUnits:
+        """The same units on a device, which need not be asked any more how many patches a level has."""
+        return replace(_moved(self, device), patches_of_levels=self.count_levels())
+
+    def count_levels(self) -> tuple[int, ...]:
+        """Patches of both copies by the level of their leaf, from 0 to the last that is there."""
+        if self.patches_of_levels is not None:
+            return self.patches_of_levels
+        return tuple(torch.bincount(torch.cat((self.noised_level_Q, self.clean_level_Q))).tolist())
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +251,7 @@ class Batch:
             grid=self.grid.to(device),
             text=text,
             read=text if self.read is self.text else _moved(self.read, device),
-            media={name: _moved(units, device) for name, units in self.media.items()},
+            media={name: units.to(device) for name, units in self.media.items()},
             trees={name: _moved(units, device) for name, units in self.trees.items()},
             route=_moved(self.route, device),
             exchange=self.exchange and _moved(self.exchange, device),
