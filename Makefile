@@ -11,6 +11,8 @@
 
 # On a machine without a GPU the plain wheel brings some GB of CUDA libraries along: name another with TORCH=...
 TORCH ?= torch==2.13.0
+# Files of tests that run at once: each test takes one thread, tests of several ranks two to four.
+AT_ONCE ?= --numprocesses 2 --dist loadfile
 # The first of these that is there and has a version that the hosts have wheels for.
 PYTHONS ?= python3.11 python3.12 python3 python
 BIN := .venv/bin
@@ -42,10 +44,10 @@ demo: env
 	bash slurm/pretrain.sh
 
 test: env
-	$(BIN)/python -m pytest tests -q -m "not slow"
+	$(BIN)/python -m pytest tests -q -m "not slow" $(AT_ONCE)
 
 test-slow: env
-	$(BIN)/python -m pytest tests -q -m slow
+	$(BIN)/python -m pytest tests -q -m slow $(AT_ONCE)
 
 oracle: env
 	$(BIN)/python tools/oracle/gaussian_mixture.py --json
