@@ -331,6 +331,16 @@ class ParallelConfig(Section):
     def ranks(self) -> int:
         return self.tp * self.cp * self.pp * self.dp
 
+    @property
+    def share_ranks(self) -> int:
+        """How many ranks hold one microbatch."""
+        return self.tp * self.cp
+
+    @property
+    def reduce_ranks(self) -> int:
+        """How many ranks hold the same weights."""
+        return self.cp * self.dp
+
     def layers_of_stages(self, layers: int) -> tuple[int, ...]:
         """Layers of each stage, in running order: stage s stands on pipeline rank s % pp."""
         stages = self.pp * self.virtual_stages

@@ -27,6 +27,7 @@ class Share:
     """What one rank holds. size: bytes of a number in the model's dtype."""
 
     tp: int = 1
+    cp: int = 1
     sequence_parallel: bool = False
     size: int = FLOAT32
     core: Core = "fused"
@@ -35,7 +36,12 @@ class Share:
     @property
     def positions(self) -> int:
         """Ranks that share out the positions outside attention and feed-forward."""
-        return self.tp if self.sequence_parallel else 1
+        return self.cp * (self.tp if self.sequence_parallel else 1)
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that share out heads, the feed-forward and the units of small encoders."""
+        return self.tp * self.cp
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,28 +62,47 @@ class _Layer:
 
 
 def _layer(model: ModelConfig, counts: Counts, share: Share) -> _Layer:
-    """One layer of the Atto as megatron runs it."""
+    """One layer of the Atto as megatron runs it.
+
+    Under context parallelism the core of attention has all positions of fewer heads (hosts/megatron.py, AttoCore).
+    """
     atto, rows = model.atto, share.size * counts.positions
     width, head = atto.width, atto.width // atto.heads
-    keys, repeats = atto.kv_heads * head, atto.kv_heads < atto.heads
+    keys, repeats = atto.kv_heads * head, key_heads(atto, tp=share.tp, cp=share.cp) < atto.heads
     ends = 3 * width  # the residual stream in the middle, both norms' answers
     if modulated_media(model):
         ends += 8 * width  # of each branch: normed, 1 + scale, 1 + gate, what the gate closes
     if atto.qk_norm:
         made, asked = 2 * width + 2 * keys, width + keys  # all of qkv, queries copied out of it; both normed
+    elif repeats or share.cp > 1:
+        made, asked = 0, 2 * width + 2 * keys
     else:
-        made, asked = (0, 2 * width + 2 * keys) if repeats else (width + 2 * keys, 0)  # values are cut out of it
+        made, asked = width + 2 * keys, 0  # values are cut out of it
     core = 2 * width + width * repeats  # turned queries and keys, repeated values
-    tables = rows * 2 * head + _attention(atto.heads / share.tp, counts.atto.computed, counts.positions, share)
+    if share.cp > 1:
+        core += 0 if repeats else exchanged(atto, tp=share.tp, cp=share.cp)  # values are cut out of what came
+        core += width * (share.core == "fused")  # its answer, of which what is sent back is another copy
+    tables = rows * 2 * head + _attention(atto.heads / share.ranks, counts.atto.computed, counts.positions, share)
     return _Layer(
         stream=rows * width / share.positions,
         ends=rows * ends / share.positions,
-        made=rows * made / share.tp,
-        asked=rows * asked / share.tp,
-        core=rows * core / share.tp + tables,
-        answer=rows * width / share.tp,
-        inner=rows * 5 * atto.ffn_width / share.tp,  # gate and up, silu, up + 0, product
+        made=rows * made / share.ranks,
+        asked=rows * asked / share.ranks,
+        core=rows * core / share.ranks + tables,
+        answer=rows * width / share.ranks,
+        inner=rows * 5 * atto.ffn_width / share.ranks,  # gate and up, silu, up + 0, product
     )
+
+
+def key_heads(atto: AttoConfig, *, tp: int, cp: int) -> int:
+    """Key/value heads of a layer that are attended with, over all ranks: at least one on each that exchanges heads."""
+    return max(atto.kv_heads, tp * cp) if cp > 1 else atto.kv_heads
+
+
+def exchanged(atto: AttoConfig, *, tp: int, cp: int) -> int:
+    """Numbers of a position that context ranks hand to each other, over all ranks: queries, keys, values."""
+    head = atto.width // atto.heads
+    return atto.width + 2 * key_heads(atto, tp=tp, cp=cp) * head
 
 
 def atto_layer(model: ModelConfig, counts: Counts, share: Share) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from matformer.config.check import RULES, check_next_latent, warn_short_run
@@ -57,15 +58,35 @@ def estimate(config: RunConfig, load: Load, device: DeviceConfig) -> Estimate:
 
 
 def estimates(config: RunConfig, guess: Guess, device: DeviceConfig, *, gpus: int) -> list[Estimate]:
-    """Of every layout of `gpus` ranks that breaks no rule, the fastest first."""
-    loads: dict[int, Load] = {}
+    """Of the layouts of `gpus` ranks that break no rule and are worth a try, the fastest first."""
+    sizes = [size for size in MICRO_BATCHES if size <= config.train.global_batch]
+    loads = {size: load_of(_with_train(config, micro_batch=size), guess) for size in sizes}
     found: list[Estimate] = []
-    for layout in allowed(config, gpus=gpus, device=device):
-        size = layout.train.micro_batch
-        if size not in loads:
-            loads[size] = load_of(layout, guess)
-        found += _recomputing(layout, loads[size], device)
+    for plan in _plans(config, gpus=gpus, device=device):
+        found += _spreading(config, plan, loads, device)
     return sorted(found, key=lambda one: one.time.total)
+
+
+def _spreading(
+    config: RunConfig, plan: ParallelConfig, loads: Mapping[int, Load], device: DeviceConfig
+) -> Iterator[Estimate]:
+    """A plan of cp 1, then with more and more of its data ranks as context ranks, until that cannot help.
+
+    It takes memory away, and of a pipeline's bubble, as a rank's microbatches become more; it sends more. So where a
+    step fits already, no group of context ranks leaves a node, and the first that makes no step shorter is the last.
+    """
+    fastest = math.inf
+    for cp in _powers(plan.dp):
+        if plan.dp % cp != 0 or (fastest < math.inf and plan.tp * cp > device.devices_a_node):
+            return
+        found = []
+        for layout in _allowed(config, plan.model_copy(update={"cp": cp, "dp": plan.dp // cp})):
+            found += _recomputing(layout, loads[layout.train.micro_batch], device)
+        yield from found
+        here = min((one.time.total for one in found if one.fits(device)), default=math.inf)
+        if fastest < math.inf and here >= fastest:
+            return
+        fastest = min(fastest, here)
 
 
 def _recomputing(config: RunConfig, load: Load, device: DeviceConfig) -> Iterator[Estimate]:
@@ -84,22 +105,28 @@ def _with_parallel(config: RunConfig, **keys: object) -> RunConfig:
     return config.model_copy(update={"parallel": config.parallel.model_copy(update=keys)})
 
 
-def allowed(config: RunConfig, *, gpus: int, device: DeviceConfig) -> Iterator[RunConfig]:
-    """The config under every layout that its rules allow, tensor parallelism inside a node, nothing computed again."""
-    for parallel in _plans(config, gpus=gpus, device=device):
-        share = config.train.global_batch // parallel.dp
-        for micro_batch in MICRO_BATCHES:
-            if micro_batch > share:
-                break
-            train = config.train.model_copy(update={"micro_batch": micro_batch})
-            one = config.model_copy(update={"parallel": parallel, "train": train})
-            if not broken(one):
-                yield one
+def _with_train(config: RunConfig, **keys: object) -> RunConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update=keys)})
+
+
+def _allowed(config: RunConfig, plan: ParallelConfig) -> Iterator[RunConfig]:
+    """The config under this plan with every microbatch that its rules allow.
+
+    Under context parallelism of one sequence: half of more on twice as many data ranks would be the same work a rank,
+    the same bubble and memory, and less to send.
+    """
+    share = config.train.global_batch // plan.dp
+    for micro_batch in MICRO_BATCHES if plan.cp == 1 else MICRO_BATCHES[:1]:
+        if micro_batch > share:
+            return
+        one = _with_train(config.model_copy(update={"parallel": plan}), micro_batch=micro_batch)
+        if not broken(one):
+            yield one
 
 
 def no_layout(config: RunConfig, *, gpus: int) -> ConfigError:
     """Why no layout of `gpus` ranks is allowed: the rule that plain data parallelism breaks."""
-    why = broken(_with_parallel(config, tp=1, pp=1, dp=gpus, virtual_stages=1, sequence_parallel=False))
+    why = broken(_with_parallel(config, tp=1, cp=1, pp=1, dp=gpus, virtual_stages=1, sequence_parallel=False))
     return ConfigError(f"some layout of {gpus} ranks must keep every rule, got none; of data parallelism alone: {why}")
 
 
@@ -115,11 +142,12 @@ def broken(config: RunConfig) -> str:
 
 
 def _plans(config: RunConfig, *, gpus: int, device: DeviceConfig) -> Iterator[ParallelConfig]:
+    """Of cp 1, tensor parallelism inside a node, nothing computed again; rules are not asked yet."""
     layers = config.model.atto.layers
     for tp in _powers(min(gpus, device.devices_a_node)):
         for pp in (pp for pp in range(1, layers + 1) if layers % pp == 0 and gpus % (tp * pp) == 0):
             for virtual, zero_stage in _variants(pp, layers=layers):
-                degrees = {"tp": tp, "pp": pp, "dp": gpus // (tp * pp)}
+                degrees = {"tp": tp, "cp": 1, "pp": pp, "dp": gpus // (tp * pp)}
                 how = {"virtual_stages": virtual, "zero_stage": zero_stage, "recompute": "none"}
                 rest = {"sequence_parallel": tp > 1, "host": "megatron"}
                 yield config.parallel.model_copy(update=degrees | how | rest)

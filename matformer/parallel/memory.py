@@ -62,28 +62,32 @@ def _enters(part: str) -> bool:
 
 def stages(config: RunConfig) -> list[Stage]:
     """One a pipeline rank."""
-    pp, layers = config.parallel.pp, config.parallel.layers_of_stages(config.model.atto.layers)
+    return _stages(config.parallel.pp, config.parallel.layers_of_stages(config.model.atto.layers))
+
+
+def _stages(pp: int, layers: tuple[int, ...]) -> list[Stage]:
     return [Stage(number, pp, layers[number::pp]) for number in range(pp)]
 
 
 def different_stages(config: RunConfig) -> Counter[Stage]:
     """How many ranks hold the same as these: of each kind the first, where most microbatches wait."""
+    parallel = config.parallel
+    return _different_stages(parallel.pp, parallel.layers_of_stages(config.model.atto.layers), config.microbatches)
+
+
+@lru_cache(maxsize=8)  # asked several times of each layout
+def _different_stages(pp: int, layers: tuple[int, ...], microbatches: int) -> Counter[Stage]:
     found: dict[tuple[object, ...], list[Stage]] = {}
-    for stage in stages(config):
-        kind = (stage.is_first, stage.is_last, stage.chunks, _accumulates(config, stage))
-        found.setdefault(kind, []).append(stage)
+    for stage in _stages(pp, layers):
+        accumulates = _accumulates(stage, virtual=len(layers) // pp, microbatches=microbatches)
+        found.setdefault((stage.is_first, stage.is_last, stage.chunks, accumulates), []).append(stage)
     return Counter({alike[0]: len(alike) for alike in found.values()})
 
 
-def _flights(config: RunConfig, stage: Stage) -> frozenset[tuple[int, ...]]:
-    virtual = config.parallel.virtual_stages
-    return waiting(stage.count, stage.number, virtual=virtual, microbatches=config.microbatches)
-
-
-def _accumulates(config: RunConfig, stage: Stage) -> bool:
+def _accumulates(stage: Stage, *, virtual: int, microbatches: int) -> bool:
     """Whether gradients of earlier microbatches are there while most activations wait."""
-    forwards = config.microbatches * config.parallel.virtual_stages
-    return any(sum(flight) < forwards for flight in _flights(config, stage))
+    flights = waiting(stage.count, stage.number, virtual=virtual, microbatches=microbatches)
+    return any(sum(flight) < microbatches * virtual for flight in flights)
 
 
 def size_of(parallel: ParallelConfig) -> int:
@@ -104,6 +108,7 @@ def _layer_parameters(model: ModelConfig, tp: int) -> int:
     return kept(list(atto_layer(model, Counts())), tp=tp)
 
 
+@lru_cache(maxsize=256)
 def replicated_parameters(model: ModelConfig, stage: Stage) -> int:
     """Of a stage's parts beside the Atto, which each rank of a tensor-parallel group holds whole."""
     return sum(number for name, number in _parameters_by_part(model).items() if stage.holds(name))
@@ -148,8 +153,9 @@ def rank_memory(config: RunConfig, counts: Counts, stage: Stage, *, core: Core =
     parallel = config.parallel
     number = parameters_of_stage(config.model, stage, tp=parallel.tp)
     moments = 2 if config.train.optimizer == "adamw" else 0
-    one = _OneStage(config, number=number, own=number / parallel.dp, size=size_of(parallel))
+    one = _OneStage(config, number=number, own=number / parallel.reduce_ranks, size=size_of(parallel))
     kept_once = activations_of(config, counts, stage, core=core)
+    schedule = {"virtual": parallel.virtual_stages, "microbatches": config.microbatches}
     passing = _passing(config.model, counts, stage, share=share_of(parallel, core=core))
     freed = kept_once[0 if stage.is_first else -1]  # of the stage that has replicated weights, where there are any
     on_device = 0 if parallel.offload_optimizer else FLOAT32 * one.own
@@ -159,8 +165,8 @@ def rank_memory(config: RunConfig, counts: Counts, stage: Stage, *, core: Core =
         moments=moments * on_device,
         average=FLOAT32 * (one.own if parallel.zero_stage == 3 else number),
         buffers=one.buffers,
-        gradients=one.gradients(accumulated=_accumulates(config, stage)),
-        activations=max(sum(map(mul, flight, kept_once)) for flight in _flights(config, stage)),
+        gradients=one.gradients(accumulated=_accumulates(stage, **schedule)),
+        activations=max(sum(map(mul, flight, kept_once)) for flight in waiting(stage.count, stage.number, **schedule)),
         passing=max(passing, _summed(config, stage) - freed),
         update=one.update,
         averaging=FLOAT32 * number if one.size < FLOAT32 and parallel.zero_stage < 3 else 0.0,
@@ -176,7 +182,7 @@ def worst_rank(config: RunConfig, counts: Counts, *, core: Core = "fused") -> Ra
 
 def share_of(parallel: ParallelConfig, *, core: Core) -> Share:
     """What the activations of a rank of this plan are counted by."""
-    return Share(parallel.tp, parallel.sequence_parallel, size_of(parallel), core, parallel.recompute)
+    return Share(parallel.tp, parallel.cp, parallel.sequence_parallel, size_of(parallel), core, parallel.recompute)
 
 
 def activations_of(config: RunConfig, counts: Counts, stage: Stage, *, core: Core) -> list[float]:
@@ -188,23 +194,23 @@ def activations_of(config: RunConfig, counts: Counts, stage: Stage, *, core: Cor
     kept_here = [layers * layer + beside for layers in stage.chunks]
     for name, value in _kept_by_part(model, counts, share).items():
         if stage.holds(name):
-            kept_here[0 if _enters(name) else -1] += value / share.tp
+            kept_here[0 if _enters(name) else -1] += value / share.ranks
     return kept_here
 
 
 def _passing(model: ModelConfig, counts: Counts, stage: Stage, *, share: Share) -> float:
     """What the way back holds for a moment while hardly anything is freed yet: in the last layer, or before, in Code.
 
-    Under tensor parallelism the Code read a rank's share of the latents out of a buffer of all L x H.
+    Where ranks share out a microbatch, the Code read a rank's share of the latents out of a buffer of all L x H.
     """
-    layer = 2 * share.size * counts.positions * model.atto.ffn_width / share.tp
+    layer = 2 * share.size * counts.positions * model.atto.ffn_width / share.ranks
     layer += activations.made_again(model, counts, share)
     if not stage.is_last:
         return layer
-    exchanged = share.size * counts.positions * model.atto.width if share.tp > 1 else 0
+    exchanged = share.size * counts.positions * model.atto.width if share.ranks > 1 else 0
     by_part = _kept_by_part(model, counts, share)
-    code = sum(value for name, value in by_part.items() if not _enters(name)) / share.tp
-    return max(2 * activations.logits(model, counts.text) / share.tp + exchanged, layer - code)
+    code = sum(value for name, value in by_part.items() if not _enters(name)) / share.ranks
+    return max(2 * activations.logits(model, counts.text) / share.ranks + exchanged, layer - code)
 
 
 def _summed(config: RunConfig, stage: Stage) -> float:

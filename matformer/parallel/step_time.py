@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from matformer.config.device import DeviceConfig
 from matformer.config.schema import ModelConfig, ParallelConfig, RunConfig
-from matformer.parallel.activations import FLOAT32
+from matformer.parallel.activations import FLOAT32, exchanged
 from matformer.parallel.counts import Counts
 from matformer.parallel.flops import Flops, added, flops_again, flops_by_part
 from matformer.parallel.memory import LARGEST_BUCKET, Stage, different_stages, parameters_of_stage, size_of
@@ -28,6 +28,7 @@ class Traffic:
     """Bytes that one rank sends in a step, by axis."""
 
     tensor: float
+    context: float
     pipeline: float
     data: float
 
@@ -39,6 +40,7 @@ class StepTime:
     compute: float
     again: float
     tensor: float
+    context: float
     pipeline: float
     bubble: float
     data: float
@@ -47,7 +49,8 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        return self.compute + self.again + self.tensor + self.pipeline + self.bubble + self.data + self.update
+        sent = self.tensor + self.context + self.pipeline + self.data
+        return self.compute + self.again + sent + self.bubble + self.update
 
 
 def step_time(config: RunConfig, counts: Counts, device: DeviceConfig) -> StepTime:
@@ -62,6 +65,7 @@ def step_time(config: RunConfig, counts: Counts, device: DeviceConfig) -> StepTi
         compute=many * slowest.compute,
         again=many * slowest.again,
         tensor=many * slowest.tensor,
+        context=many * slowest.context,
         pipeline=pipeline,
         bubble=(through_all - sum(slowest)) / config.parallel.virtual_stages,
         data=data,
@@ -79,6 +83,7 @@ class _Pass(NamedTuple):
     compute: float
     again: float
     tensor: float
+    context: float
 
 
 def _pass(config: RunConfig, counts: Counts, stage: Stage, device: DeviceConfig) -> _Pass:
@@ -86,6 +91,7 @@ def _pass(config: RunConfig, counts: Counts, stage: Stage, device: DeviceConfig)
         _compute(config, counts, stage, device),
         _again(config, counts, stage, device),
         _tensor_seconds(config, counts, stage, device),
+        _context_seconds(config, counts, stage, device),
     )
 
 
@@ -95,21 +101,21 @@ def _rate(width: float, device: DeviceConfig) -> float:
 
 
 def _compute(config: RunConfig, counts: Counts, stage: Stage, device: DeviceConfig) -> float:
-    """Seconds of one microbatch's products on a stage, both ways; each TP rank has 1 / tp of the units."""
-    model, tp = config.model, config.parallel.tp
+    """Seconds of one microbatch's products on a stage, both ways; each rank that holds it has its part of the units."""
+    model, ranks = config.model, config.parallel.share_ranks
     by_part = _flops_by_part(model, counts)
-    atto = by_part["atto"].total * stage.layers / model.atto.layers / tp
-    seconds = atto / _rate(model.atto.width / tp, device)
+    atto = by_part["atto"].total * stage.layers / model.atto.layers / ranks
+    seconds = atto / _rate(model.atto.width / config.parallel.tp, device)
     for name, flops in by_part.items():
         if stage.holds(name):
-            seconds += _part_seconds(model, name, flops, device) / tp
+            seconds += _part_seconds(model, name, flops, device) / ranks
     return seconds
 
 
 def _again(config: RunConfig, counts: Counts, stage: Stage, device: DeviceConfig) -> float:
     """Seconds of one microbatch's products on a stage that its way back repeats."""
     model, parallel = config.model, config.parallel
-    flops = flops_again(model, counts, parallel.recompute) * stage.layers / model.atto.layers / parallel.tp
+    flops = flops_again(model, counts, parallel.recompute) * stage.layers / model.atto.layers / parallel.share_ranks
     return flops / _rate(model.atto.width / parallel.tp, device)
 
 
@@ -120,8 +126,8 @@ def _part_seconds(model: ModelConfig, name: str, flops: Flops, device: DeviceCon
 
 
 def _boundary(config: RunConfig, counts: Counts) -> float:
-    """Bytes of the residual stream of one microbatch."""
-    return counts.positions * config.model.atto.width * size_of(config.parallel)
+    """Bytes of a context rank's part of the residual stream of one microbatch."""
+    return counts.positions * config.model.atto.width * size_of(config.parallel) / config.parallel.cp
 
 
 def traffic(config: RunConfig, counts: Counts) -> Traffic:
@@ -133,6 +139,7 @@ def traffic(config: RunConfig, counts: Counts) -> Traffic:
     sent = _boundary(config, counts) / (parallel.tp if parallel.sequence_parallel else 1)
     return Traffic(
         tensor=many * layers * _layer_bytes(config, counts),
+        context=many * layers * _exchanged_bytes(config, counts),
         pipeline=many * sends(parallel.pp, virtual=parallel.virtual_stages) * sent,
         data=data,
     )
@@ -163,6 +170,31 @@ def _tensor_seconds(config: RunConfig, counts: Counts, stage: Stage, device: Dev
     return stage.layers * (_layer_bytes(config, counts) / rate + calls * device.latency_us * 1e-6)
 
 
+def _exchanged_bytes(config: RunConfig, counts: Counts) -> float:
+    """A layer and microbatch: queries, keys, values to those who attend, the answer back; and all of it backwards.
+
+    Under recompute once more, since the exchanges belong to the core of attention.
+    """
+    parallel, atto = config.parallel, config.model.atto
+    numbers = exchanged(atto, tp=parallel.tp, cp=parallel.cp) + atto.width
+    sent = counts.positions / parallel.cp * numbers / parallel.tp * size_of(parallel)
+    return _exchanges(parallel) / 2 * sent * (parallel.cp - 1) / parallel.cp
+
+
+def _exchanges(parallel: ParallelConfig) -> int:
+    """All-to-alls over CP of a layer and microbatch."""
+    return 4 if parallel.recompute == "none" else 6
+
+
+def _context_seconds(config: RunConfig, counts: Counts, stage: Stage, device: DeviceConfig) -> float:
+    if config.parallel.cp == 1:
+        return 0.0
+    inside = config.parallel.share_ranks <= device.devices_a_node
+    rate = (device.in_node_gb_s if inside else device.between_nodes_gb_s) * 1e9
+    latency = _exchanges(config.parallel) * device.latency_us * 1e-6
+    return stage.layers * (_exchanged_bytes(config, counts) / rate + latency)
+
+
 def _pipeline_seconds(config: RunConfig, counts: Counts, device: DeviceConfig) -> float:
     """A microbatch's stream sent on by each of a rank's stages, and its gradient sent back."""
     parallel = config.parallel
@@ -175,12 +207,12 @@ def _pipeline_seconds(config: RunConfig, counts: Counts, device: DeviceConfig) -
 
 
 def _reduced_bytes(config: RunConfig, stage: Stage) -> float:
-    """A rank's bytes over DP in a step: gradients reduced in float32, weights gathered (ZeRO 2 and 3: in each
+    """A rank's bytes over CP x DP in a step: gradients reduced in float32, weights gathered (ZeRO 2 and 3: in each
     microbatch).
     """
     parallel, many = config.parallel, config.microbatches
     number, size = parameters_of_stage(config.model, stage, tp=parallel.tp), size_of(parallel)
-    part = (parallel.dp - 1) / parallel.dp * number
+    part = (parallel.reduce_ranks - 1) / parallel.reduce_ranks * number
     if parallel.zero_stage == 1:  # BF16_Optimizer sums all of them, the other sends each to its owner
         return part * (2 if size < FLOAT32 else 1) * FLOAT32 + part * size
     if parallel.zero_stage == 2:
@@ -197,7 +229,7 @@ def _largest_ends(config: RunConfig, device: DeviceConfig) -> tuple[float, float
 
 def _data_seconds(config: RunConfig, stage: Stage, device: DeviceConfig) -> float:
     parallel = config.parallel
-    if parallel.dp == 1:
+    if parallel.reduce_ranks == 1:
         return 0.0
     inside = parallel.ranks <= device.devices_a_node
     rate = (device.in_node_gb_s if inside else device.between_nodes_gb_s) * 1e9
@@ -212,7 +244,7 @@ def _update_seconds(config: RunConfig, stage: Stage, device: DeviceConfig) -> fl
     """Masters, moments and gradients on the device read and written once, the average and the weights too."""
     parallel = config.parallel
     number = parameters_of_stage(config.model, stage, tp=parallel.tp)
-    own = number / parallel.dp
+    own = number / parallel.reduce_ranks
     average = own if parallel.zero_stage == 3 else number
     updated = 0 if parallel.offload_optimizer else own
     return (28 * updated + 16 * average) / (device.memory_gb_s * 1e9)

@@ -20,7 +20,20 @@ PARTS_HEAD: Row = ("part", "parameters", "FLOPs", "of all", "units a sequence", 
 MANY = {"patch": "patches"}
 AS_FAST = 1.01  # steps that differ by less are equal: no expectation is that good
 LAYOUTS_HEAD: Row = (
-    *("tp", "pp x stages", "dp", "ZeRO", "recompute", "microbatch", "memory", "bubble", "step", "MFU", "latents/s"),
+    *(
+        "tp",
+        "cp",
+        "pp x stages",
+        "dp",
+        "ZeRO",
+        "recompute",
+        "microbatch",
+        "memory",
+        "bubble",
+        "step",
+        "MFU",
+        "latents/s",
+    ),
 )
 
 
@@ -67,6 +80,7 @@ def layout_row(one: Estimate, device: DeviceConfig) -> Row:
     rate = one.config.train.global_batch * one.config.data.sequence_latents / one.time.total
     return (
         f"{parallel.tp}{' sp' if parallel.sequence_parallel else ''}",
+        str(parallel.cp),
         f"{parallel.pp} x {parallel.virtual_stages}",
         str(parallel.dp),
         str(parallel.zero_stage),
@@ -91,7 +105,10 @@ def detail_rows(one: Estimate, device: DeviceConfig) -> list[Row]:
         ("memory of the fullest rank", ", ".join(f"{name} {gib(getattr(memory, name))}" for name in names)),
         ("at most in", f"{phases}; {gib(device.usable_bytes)} can be used"),
         *(host if memory.host else ()),
-        ("sent by a rank a step", f"TP {gib(sent.tensor)}, PP {gib(sent.pipeline)}, DP {gib(sent.data)}"),
+        (
+            "sent by a rank a step",
+            f"TP {gib(sent.tensor)}, CP {gib(sent.context)}, PP {gib(sent.pipeline)}, DP {gib(sent.data)}",
+        ),
         (
             "time of a step",
             ", ".join(
@@ -100,6 +117,7 @@ def detail_rows(one: Estimate, device: DeviceConfig) -> list[Row]:
                     ("products", time.compute),
                     ("computed again", time.again),
                     ("TP", time.tensor),
+                    ("CP", time.context),
                     ("PP", time.pipeline),
                     ("bubble", time.bubble),
                     ("DP", time.data),
@@ -143,7 +161,7 @@ def best(found: Sequence[Estimate], device: DeviceConfig, *, count: int) -> list
     layouts: dict[tuple[int, ...], list[Estimate]] = {}
     for one in fitting:
         parallel = one.config.parallel
-        layouts.setdefault((parallel.tp, parallel.pp, parallel.zero_stage), []).append(one)
+        layouts.setdefault((parallel.tp, parallel.cp, parallel.pp, parallel.zero_stage), []).append(one)
     chosen = [min(_as_fast(alike), key=lambda one: one.memory.peak) for alike in layouts.values()]
     return sorted(chosen, key=lambda one: one.time.total)[:count]
 

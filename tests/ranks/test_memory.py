@@ -23,6 +23,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp 2": {"tp": 2},
     "tp 2, sequence parallel": {"tp": 2, "sequence_parallel": True},
     "pp 2": {"pp": 2},
+    "cp 2": {"cp": 2},
     "dp 2": {"dp": 2},
     "dp 2, ZeRO 2": {"dp": 2, "zero_stage": 2},
     "dp 2, ZeRO 3": {"dp": 2, "zero_stage": 3},
@@ -37,6 +38,8 @@ SLOW: dict[str, dict[str, Any]] = {
     "tp 2, sequence parallel, selective": {"tp": 2, "sequence_parallel": True, "recompute": "selective", "layers": 4},
     "pp 2, two stages each, full": {"pp": 2, "virtual_stages": 2, "recompute": "full", "layers": 4},
     "dp 2, ZeRO 3, full": {"dp": 2, "zero_stage": 3, "recompute": "full", "layers": 4},
+    "cp 2, ZeRO 3": {"cp": 2, "zero_stage": 3},
+    "cp 2, selective": {"cp": 2, "recompute": "selective", "layers": 4},
 }
 
 OFFLOADED: dict[str, dict[str, Any]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -71,6 +72,7 @@ def test_each_axis_takes_memory_away() -> None:
         (("parallel.dp=64",), "moments"),
         (("parallel.dp=4", "parallel.pp=2"), "weights"),
         (("parallel.dp=4", "parallel.tp=2"), "activations"),
+        (("parallel.dp=4", "parallel.cp=2"), "activations"),
         (("parallel.zero_stage=3",), "masters"),
         (("train.optimizer=sgd",), "moments"),
     ):
@@ -111,6 +113,47 @@ def test_stages_in_turn_shorten_the_bubble_and_send_more() -> None:
     assert thrice.time.bubble == pytest.approx(once.time.bubble / 3) and thrice.time.compute == once.time.compute
     assert thrice.time.pipeline == 3 * once.time.pipeline and thrice.traffic.pipeline == 3 * once.traffic.pipeline
     assert thrice.memory.activations > once.memory.activations and thrice.memory.weights == once.memory.weights
+
+
+def test_context_ranks_exchange_heads_and_share_everything_else() -> None:
+    """Of the 1 B model: 24 layers, 8,192 positions, 16 heads of 128 over 8 of keys and values; bfloat16."""
+    keys = ("train.global_batch=16", "parallel.dp=2")
+    alone, both = (estimate_of(run_of("1b", *keys, f"parallel.cp={cp}", "parallel.pp=4")) for cp in (1, 2))
+    assert alone.traffic.context == alone.time.context == 0.0
+    assert both.traffic.context == 8 * 6 * 2 * (8192 / 2) * (2 * 2048 + 2 * 1024) * 2 / 2
+    assert both.traffic.pipeline == alone.traffic.pipeline / 2
+    assert both.time.compute == alone.time.compute / 2
+    assert both.time.share * both.time.total == pytest.approx(alone.time.share * alone.time.total / 2)
+    assert both.memory.moments == alone.memory.moments / 2 and both.memory.weights == alone.memory.weights
+    # 16 ranks have one head each, and a copy of every second's keys and values
+    all_heads = estimate_of(run_of("1b", "train.global_batch=16", "parallel.cp=16"))
+    assert all_heads.traffic.context == pytest.approx(16 * 24 * 2 * (8192 / 16) * 4 * 2048 * 2 * 15 / 16)
+    again = estimate_of(run_of("1b", *keys, "parallel.cp=2", "parallel.pp=4", "parallel.recompute=selective"))
+    assert again.traffic.context == both.traffic.context * 3 / 2
+
+
+def test_gradients_are_reduced_over_context_and_data_ranks() -> None:
+    one, other = (estimate_of(run_of("1b", *keys)) for keys in (("parallel.dp=8",), ("parallel.dp=2", "parallel.cp=4")))
+    assert one.traffic.data == other.traffic.data and one.memory.state == other.memory.state
+
+
+def test_the_search_tries_context_parallelism_where_it_can_help() -> None:
+    run = run_of("8b", "data.sequence_latents=131072", "train.global_batch=32")
+    found = estimates(run, guess_of(run), H100, gpus=64)
+    context = [one for one in found if one.config.parallel.cp > 1]
+    assert best(found, H100, count=1)[0] in context
+    assert {one.config.train.micro_batch for one in context} == {1}
+    by_plan: dict[str, dict[int, list[Estimate]]] = {}
+    for one in found:
+        check(one.config)
+        parallel = one.config.parallel
+        kept = parallel.model_copy(update={"cp": 1, "dp": parallel.reduce_ranks, "recompute": "none"})
+        by_plan.setdefault(kept.model_dump_json(), {}).setdefault(parallel.cp, []).append(one)
+    for by_degree in by_plan.values():
+        fastest = math.inf
+        for cp, alike in sorted(by_degree.items()):
+            assert fastest == math.inf or alike[0].config.parallel.share_ranks <= H100.devices_a_node, cp
+            fastest = min([fastest, *(one.time.total for one in alike if one.fits(H100))])
 
 
 def test_what_is_computed_again_costs_time_and_is_no_work_of_the_model() -> None:
@@ -184,7 +227,7 @@ def test_of_steps_as_good_as_equal_the_best_needs_least_memory() -> None:
     run = run_of("1b")
     found = estimates(run, guess_of(run), H100, gpus=64)
     for one in best(found, H100, count=100):
-        degrees = {key: getattr(one.config.parallel, key) for key in ("tp", "pp", "zero_stage")}
+        degrees = {key: getattr(one.config.parallel, key) for key in ("tp", "cp", "pp", "zero_stage")}
         alike = [
             other
             for other in found
