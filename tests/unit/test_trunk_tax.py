@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,11 @@ from pathlib import Path
 def test_a_row_for_each_shape(project: Path) -> None:
     asked = ["--shapes", "64x48", "128x64", "--layers", "1", "--steps", "1", "--json"]
     end = subprocess.run(
-        [sys.executable, "tools/bench/trunk_tax.py", *asked], cwd=project, capture_output=True, text=True
+        [sys.executable, "tools/bench/trunk_tax.py", *asked],
+        cwd=project,
+        env=os.environ | {"PYTHONPATH": str(project)},
+        capture_output=True,
+        text=True,
     )
     assert end.returncode == 0, end.stderr
     rows = json.loads(end.stdout.splitlines()[-1])["cases"]

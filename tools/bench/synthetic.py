@@ -24,10 +24,10 @@ BLIND = 0.1  # as data.blind_probability
 
 
 def documents(model: ModelConfig, *, dice: np.random.Generator, patcher: StaticPatcher) -> Iterator[Document]:
-    """Without end: a text, a pair of each modality, a text, ..."""
+    """Without end: a pair of each modality, a text, a pair, ..."""
     number = 0
     while True:
-        for name in (None, *model.media):
+        for name in (*model.media, None):
             number += 1
             yield _document(str(number), name, model, dice=dice, patcher=patcher)
 
