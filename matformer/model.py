@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -13,7 +12,7 @@ from matformer.config.time_conditioning import modulated_media
 from matformer.hosts.base import Sums, Trunk
 from matformer.layers.attention import AttoView
 from matformer.layers.modulation import position_times
-from matformer.layers.segments import segment_sum
+from matformer.layers.segments import segment_lengths, segment_sum
 from matformer.losses.flow import squared_error
 from matformer.losses.route import bucket_nats, kind_nats, split_nats
 from matformer.losses.text import end_nats, symbol_nats
@@ -32,7 +31,7 @@ class Start(nn.Module):
         self.embedding = nn.Embedding(1, width)
 
     def forward(self, kind_L: Int[Tensor, " L"]) -> Float[Tensor, "L H"]:
-        start_L1 = (kind_L == Kind.START)[:, None]
+        start_L1 = (kind_L == int(Kind.START))[:, None]  # a compiler takes the bare enum for False
         row_1H = self.embedding(torch.zeros(1, dtype=torch.long, device=start_L1.device))
         return start_L1.to(row_1H.dtype) * row_1H
 
@@ -133,7 +132,8 @@ class Matformer(nn.Module):
         """Of each symbol, and of its patch's end where that has to be said, or of each piece; and their documents."""
         logits = self.text_logits(latent_LH, units, input_UD)
         if self.model_config.text.vocabulary is not None:
-            first_P = F.pad(torch.bincount(units.patch_U).cumsum(0), (1, 0))[:-1]
+            length_P = segment_lengths(units.patch_U, num_segments=len(units.token_P))
+            first_P = length_P.cumsum(0) - length_P
             return symbol_nats(logits, units.token_P), units.document_U[first_P]
         nats_U = symbol_nats(logits[:, :NUM_TARGETS], units.symbol_U)
         if self.model_config.text.predicts_end:

@@ -38,6 +38,8 @@ class Grid:
     media: number of the media span that a header, copy or closing belongs to, unique in its sequence, else -1.
     blind: headers and noised copies of spans that are generated without their condition (guidance).
     axes: positions on document, t, y, x. Positions of the document axis restart in every sequence at 0.
+    causal_runs: on a device, and only where every mask of this grid is plain causal: lengths of the runs of positions,
+        in flat order, of which each sees the earlier ones of its own (`plain_causal_runs`).
     """
 
     kind_BS: Int[Tensor, "B S"]
@@ -47,6 +49,19 @@ class Grid:
     media_BS: Int[Tensor, "B S"]
     blind_BS: Bool[Tensor, "B S"]
     axes_BSX: Int[Tensor, "B S X"]
+    causal_runs: tuple[int, ...] | None = None
+
+    def to(self, device: torch.device) -> Grid:
+        """The same grid on a device, which need not be asked any more whether its masks are plain causal."""
+        return replace(_moved(self, device), causal_runs=self.plain_causal_runs())
+
+    def plain_causal_runs(self) -> tuple[int, ...] | None:
+        """Lengths of documents and paddings, one after the other; None if a mask has more in it than their order."""
+        if bool((self.span_BS >= 0).any() | self.blind_BS.any() | (self.kind_BS == Kind.NOISED).any()):
+            return None
+        row_BS = torch.arange(len(self.kind_BS), device=self.kind_BS.device)[:, None].expand_as(self.kind_BS)
+        both = torch.stack((row_BS.flatten(), self.document_BS.flatten()))
+        return tuple(torch.unique_consecutive(both, dim=1, return_counts=True)[1].tolist())
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +112,7 @@ class MediaUnits:
     header_slot, closing_slot: flat positions of each span's header and closing; bucket: its shape bucket.
     weight: of the squared errors at each time in the loss; 1 in held-out batches.
     time_span / time_slot: span and flat position of each position that holds nothing but t (conditioning `token`).
+    patches_of_levels: on a device, how many patches of both copies stand in leaves of each level: the host knows.
     What is predicted of a noised row is noise - value under `flow`; `layers/noise_levels.py` has the others.
     """
 
@@ -119,6 +135,17 @@ class MediaUnits:
     clean_level_Q: Int[Tensor, " Qc"]
     time_span_Q: Int[Tensor, " Qt"]
     time_slot_Q: Int[Tensor, " Qt"]
+    patches_of_levels: tuple[int, ...] | None = None
+
+    def to(self, device: torch.device) -> MediaUnits:
+        """The same units on a device, which need not be asked any more how many patches a level has."""
+        return replace(_moved(self, device), patches_of_levels=self.count_levels())
+
+    def count_levels(self) -> tuple[int, ...]:
+        """Patches of both copies by the level of their leaf, from 0 to the last that is there."""
+        if self.patches_of_levels is not None:
+            return self.patches_of_levels
+        return tuple(torch.bincount(torch.cat((self.noised_level_Q, self.clean_level_Q))).tolist())
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,10 +248,10 @@ class Batch:
         text = _moved(self.text, device)
         return replace(
             self,
-            grid=_moved(self.grid, device),
+            grid=self.grid.to(device),
             text=text,
             read=text if self.read is self.text else _moved(self.read, device),
-            media={name: _moved(units, device) for name, units in self.media.items()},
+            media={name: units.to(device) for name, units in self.media.items()},
             trees={name: _moved(units, device) for name, units in self.trees.items()},
             route=_moved(self.route, device),
             exchange=self.exchange and _moved(self.exchange, device),

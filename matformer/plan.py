@@ -47,11 +47,17 @@ def rows(config: RunConfig) -> list[tuple[str, str]]:
     """What the run will be, as (name, value) for a table."""
     model, data, parallel, train = config.model, config.data, config.parallel, config.train
     accumulated = config.microbatches
-    degrees = f"tp {parallel.tp} x pp {parallel.pp} x dp {parallel.dp}"
+    degrees = f"tp {parallel.tp} x cp {parallel.cp} x pp {parallel.pp} x dp {parallel.dp}"
+    if parallel.virtual_stages > 1:
+        degrees += f" ({parallel.virtual_stages} stages a rank)"
+    again = f", recompute {parallel.recompute}" if parallel.recompute != "none" else ""
     media = ", ".join(f"{name} ({_largest(one.buckets, patch=one.patch)})" for name, one in model.media.items())
     return [
         ("run", f"{config.name}, into {Path(config.run.folder, config.name)}"),
-        ("ranks", f"{parallel.ranks} = {degrees}, ZeRO {parallel.zero_stage}, {parallel.dtype}, {parallel.host}"),
+        (
+            "ranks",
+            f"{parallel.ranks} = {degrees}, ZeRO {parallel.zero_stage}, {parallel.dtype}{again}, {parallel.host}",
+        ),
         ("atto", f"{model.atto.layers} layers, width {model.atto.width}, {model.atto.heads} heads"),
         ("layers a stage", ", ".join(map(str, dict.fromkeys(parallel.layers_of_stages(model.atto.layers))))),
         ("media", media or "none"),
@@ -85,7 +91,7 @@ def _cluster(config: RunConfig, asked: argparse.Namespace) -> list[str]:
     from matformer.config.device import load_device  # here, as scripts that ask for one value pay for every import
     from matformer.parallel import tables
     from matformer.parallel.expected import guess_of
-    from matformer.parallel.layouts import estimate, estimates, no_layout
+    from matformer.parallel.layouts import estimate, estimates, load_of, no_layout
 
     device = load_device(_device_file(asked.device, config_file=Path(asked.config)))
     guess = guess_of(config, patch_bytes=asked.patch_bytes)
@@ -93,7 +99,7 @@ def _cluster(config: RunConfig, asked: argparse.Namespace) -> list[str]:
     lines += _table(tables.parts_rows(config, guess), head=tables.PARTS_HEAD)
     lines += ["", *_table([tables.guess_row(guess), ("device", f"{device.name}: {device.source}")])]
     if config.parallel.ranks == asked.gpus:
-        own = estimate(config, guess, device)
+        own = estimate(config, load_of(config, guess), device)
         lines += ["", "the config's own layout", *_table([tables.layout_row(own, device)], head=tables.LAYOUTS_HEAD)]
         lines += _table(tables.detail_rows(own, device))
     found = estimates(config, guess, device, gpus=asked.gpus)

@@ -83,7 +83,7 @@ run_here() {
 run_on_nodes() {
     local nodes=${SLURM_JOB_NUM_NODES:-${SLURM_NNODES:-1}} first port code=0
     if ((ranks % nodes)); then
-        echo "the ranks (parallel.tp * pp * dp) must be divisible by the nodes, got $ranks and $nodes;" \
+        echo "the ranks (parallel.tp * cp * pp * dp) must be divisible by the nodes, got $ranks and $nodes;" \
             "change parallel.dp or sbatch --nodes" >&2
         exit 2
     fi

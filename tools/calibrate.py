@@ -25,6 +25,7 @@ import torch.multiprocessing as processes
 from matformer.config.schema import AttoConfig
 from matformer.hosts.plain import Layer
 from matformer.layers.attention import AttoView
+from matformer.layers.block_attention import CausalCore
 from matformer.layers.rotary import rotary_tables
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,8 +62,8 @@ def layer_flops(width: int) -> float:
     )
     layer = Layer(config).to(DEVICE, DTYPE)
     axes = torch.zeros(1, POSITIONS, 4, dtype=torch.long, device=DEVICE)
-    seen = torch.ones(1, POSITIONS, POSITIONS, dtype=torch.bool, device=DEVICE).tril()
-    view = AttoView(seen, rotary_tables(axes, pairs=config.rotary_pairs, bases=(1e4,) * 4))
+    core = CausalCore([POSITIONS], device=DEVICE)
+    view = AttoView(core, rotary_tables(axes, pairs=config.rotary_pairs, bases=(1e4,) * 4))
     x = torch.randn(1, POSITIONS, width, device=DEVICE, dtype=DTYPE, requires_grad=True)
     products = 6 * POSITIONS * (4 + 9) * width**2
     return (products + 12 * width * POSITIONS**2) / fastest(lambda: layer(x, view).sum().backward())

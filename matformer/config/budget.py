@@ -28,3 +28,18 @@ def budgeted_leaves(grid: Sequence[int], *, share: float, levels: int) -> int:
     """Most leaves of a span whose grid has so many patches along each axis; at least its roots."""
     roots = sum(root_counts(grid, levels=levels))
     return roots + (2 ** len(grid) - 1) * max(0, budgeted_splits(grid, share=share, levels=levels))
+
+
+def leaves_of_levels(grid: Sequence[int], *, share: float, levels: int) -> list[int]:
+    """Leaves of level 0, 1, ... of a tree with all its splits whose largest blocks are split first.
+
+    So trees are where detail is everywhere alike; where it is not, more leaves are large, and more are single patches.
+    """
+    leaves = root_counts(grid, levels=levels)
+    left = max(0, budgeted_splits(grid, share=share, levels=levels))
+    for level in range(levels, 0, -1):
+        split = min(left, leaves[level])
+        leaves[level] -= split
+        leaves[level - 1] += 2 ** len(grid) * split
+        left -= split
+    return leaves

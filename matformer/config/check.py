@@ -309,11 +309,19 @@ def check_sources(config: RunConfig) -> None:
 
 
 def check_degrees(config: RunConfig) -> None:
-    """Tensor and pipeline degrees divide what they shard; the positions are cut into a chunk a tensor rank."""
+    """Tensor and context degrees divide heads and positions: ranks attend with other heads, and hold other chunks."""
     atto, parallel = config.model.atto, config.parallel
     for key, count in (("heads", atto.heads), ("kv_heads", atto.kv_heads), ("ffn_width", atto.ffn_width)):
         _divides(parallel.tp, count, "parallel.tp", f"model.atto.{key}")
-    _divides(parallel.tp, config.data.sequence_latents, "parallel.tp", "data.sequence_latents")
+    both, degree = "parallel.tp * parallel.cp" if parallel.cp > 1 else "parallel.tp", parallel.tp * parallel.cp
+    _divides(degree, atto.heads, both, "model.atto.heads")
+    _divides(degree, config.data.sequence_latents, both, "data.sequence_latents")
+    key_heads = atto.kv_heads // parallel.tp
+    _must(
+        key_heads % parallel.cp == 0 or parallel.cp % key_heads == 0,
+        f"model.atto.kv_heads / parallel.tp and parallel.cp must divide one or the other, got {atto.kv_heads} / "
+        f"{parallel.tp} and {parallel.cp}; change parallel.cp",
+    )
 
 
 def check_stages(config: RunConfig) -> None:
@@ -390,8 +398,8 @@ def check_host(config: RunConfig) -> None:
         return
     _must(
         parallel.ranks == 1,
-        f"parallel.tp * pp * dp must be 1 with parallel.host plain, got {parallel.tp} * {parallel.pp} * {parallel.dp}; "
-        "change parallel.host",
+        f"parallel.tp * cp * pp * dp must be 1 with parallel.host plain, got {parallel.tp} * {parallel.cp} * "
+        f"{parallel.pp} * {parallel.dp}; change parallel.host",
     )
     _must(
         parallel.dtype == "float32" and parallel.zero_stage == 1 and parallel.recompute == "none",

@@ -20,6 +20,7 @@ TimeSampler = Literal["uniform", "logit_normal", "mode"]
 LossWeighting = Literal["none", "min_snr", "cosmap"]
 MediaContext = Literal["clean_copy", "noised"]
 CodaKind = Literal["linear", "mlp", "dit"]
+Recompute = Literal["none", "selective", "full"]
 Ngrams = tuple[Annotated[int, Field(ge=2)], ...]
 
 
@@ -230,6 +231,9 @@ class ModelConfig(Section):
         description="what follows a generated span sees: a clean copy of it, or (Transfusion) its noised patches",
     )
 
+    def __hash__(self) -> int:
+        return hash((self.atto, self.text))  # of equal models the same; `media` has no hash
+
     @property
     def diffuses_text(self) -> bool:
         """Whether text is learned by filling in what is masked, both ways."""
@@ -299,16 +303,17 @@ class DataConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Degrees of parallelism; ranks = tp * pp * dp."""
+    """Degrees of parallelism; ranks = tp * cp * pp * dp."""
 
     tp: Positive = 1
+    cp: Positive = Field(default=1, description="ranks that each hold a chunk of the positions of the same sequences")
     pp: Positive = 1
     dp: Positive = 1
     virtual_stages: Positive = Field(default=1, description="stages a pipeline rank (interleaved schedule; pp > 1)")
     stage_layers: tuple[Positive, ...] | None = Field(
         default=None, description="layers of each of the pp * virtual_stages stages, in running order; null: equal"
     )
-    recompute: Literal["none", "selective", "full"] = Field(
+    recompute: Recompute = Field(
         default="none", description="in backward: selective, each layer's feed-forward and attention; full, each layer"
     )
     offload_optimizer: bool = Field(default=False, description="ZeRO 2 and 3: masters and moments in CPU memory")
@@ -324,7 +329,7 @@ class ParallelConfig(Section):
 
     @property
     def ranks(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.cp * self.pp * self.dp
 
     def layers_of_stages(self, layers: int) -> tuple[int, ...]:
         """Layers of each stage, in running order: stage s stands on pipeline rank s % pp."""

@@ -532,18 +532,13 @@ class _Builder:
 
     def batch(self) -> Batch:
         grid = Grid(
-            *(
-                torch.from_numpy(array)
-                for array in (
-                    self.kind,
-                    self.modality,
-                    self.document,
-                    self.span,
-                    self.media_number,
-                    self.blind,
-                    self.axes,
-                )
-            )
+            kind_BS=torch.from_numpy(self.kind),
+            modality_BS=torch.from_numpy(self.modality),
+            document_BS=torch.from_numpy(self.document),
+            span_BS=torch.from_numpy(self.span),
+            media_BS=torch.from_numpy(self.media_number),
+            blind_BS=torch.from_numpy(self.blind),
+            axes_BSX=torch.from_numpy(self.axes),
         )
         text = self.text.parcel(diffused=self.model.diffuses_text)
         return Batch(

@@ -91,8 +91,8 @@ def layer_products(host: Host, gradients: Gradients, *, groups: Groups) -> dict[
     products = {weight.layer: torch.zeros(len(gradients), len(gradients), dtype=torch.float64) for weight in weights}
     for index, weight in enumerate(weights):
         vector_NF = torch.stack([vectors[index].flatten() for vectors in gradients])
-        if groups.dp_size > 1:
-            dist.all_reduce(vector_NF, group=groups.dp)
+        if groups.reduce_size > 1:
+            dist.all_reduce(vector_NF, group=groups.reduce)
         if weight.sharded or groups.tp_rank == 0:  # a whole weight counts once
             products[weight.layer] += (vector_NF @ vector_NF.T).double().cpu()
     if groups.tp_size > 1:

@@ -94,21 +94,21 @@ def forget_gathered(engine: Any) -> None:  # noqa: ANN401
         engine.optimizer.parameter_offload.partition_all_parameters()
 
 
-def stored_to_full(parameter: nn.Parameter, stored: Tensor, *, dp_group: Any) -> Tensor:  # noqa: ANN401
+def stored_to_full(parameter: nn.Parameter, stored: Tensor, *, group: Any) -> Tensor:  # noqa: ANN401
     """A tensor stored like the parameter, whole. Collective under ZeRO 3."""
     if not hasattr(parameter, "ds_tensor"):
         return stored
-    shards = [torch.empty_like(stored) for _ in range(torch.distributed.get_world_size(dp_group))]
-    torch.distributed.all_gather(shards, stored.contiguous(), group=dp_group)
+    shards = [torch.empty_like(stored) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(shards, stored.contiguous(), group=group)
     return torch.cat(shards)[: parameter.ds_numel].view(parameter.ds_shape)  # pyright: ignore
 
 
-def full_to_stored(parameter: nn.Parameter, full: Tensor, *, dp_rank: int) -> Tensor:
+def full_to_stored(parameter: nn.Parameter, full: Tensor, *, rank: int) -> Tensor:
     """What this rank stores of a whole tensor; the last shard of ZeRO 3 is padded with zeros."""
     if not hasattr(parameter, "ds_tensor"):
         return full
     size = parameter.ds_tensor.numel()  # pyright: ignore
-    flat = full.flatten()[dp_rank * size : (dp_rank + 1) * size]
+    flat = full.flatten()[rank * size : (rank + 1) * size]
     return torch.nn.functional.pad(flat, (0, size - flat.numel()))
 
 
@@ -136,13 +136,13 @@ def make_room_for_moments(engine: Any, step: int) -> None:  # noqa: ANN401
 
 
 @torch.no_grad()
-def write_values(parameter: nn.Parameter, values: Mapping[str, Tensor], *, dp_rank: int) -> None:
+def write_values(parameter: nn.Parameter, values: Mapping[str, Tensor], *, rank: int) -> None:
     """Set the stored weight, its master and its moments from whole float32 tensors."""
     weight = values["weights"]
-    stored_weight(parameter).copy_(full_to_stored(parameter, weight, dp_rank=dp_rank))
+    stored_weight(parameter).copy_(full_to_stored(parameter, weight, rank=rank))
     stage3 = hasattr(parameter, "ds_tensor")
     for key, value in values.items():
-        local = full_to_stored(parameter, value.float(), dp_rank=dp_rank)
+        local = full_to_stored(parameter, value.float(), rank=rank)
         if key == "weights":
             (safe_set_local_fp32_param if stage3 else safe_set_full_fp32_param)(parameter, local)
         elif stage3:

@@ -40,7 +40,7 @@ from matformer.parcels import Batch
 
 @final
 class MegatronHost(Host):
-    """tp x pp x dp ranks. ZeRO 1 runs under megatron's schedule; ZeRO 2 and 3 (pp 1) through the engine's own calls."""
+    """tp x cp x dp x pp ranks. ZeRO 1 runs under megatron's schedule, 2 and 3 (pp 1) through the engine's own calls."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -105,10 +105,10 @@ class MegatronHost(Host):
         batches = self._here(batches)
         for group in zero.inner_groups(self.engine):
             group["lr"] = lr
-        dp_size = self.groups.dp_size  # DeepSpeed averages over DP; our losses are divided by global counts already
+        averaged = self.groups.reduce_size  # DeepSpeed averages; our losses are divided by global counts already
 
         def scaled(sums: Mapping[str, Tensor]) -> Tensor:
-            return objective(sums) * dp_size
+            return objective(sums) * averaged
 
         if self.config.parallel.zero_stage == 1:
             parts = run_schedule(self.stages, batches, trunks=self.trunks, objective=scaled, around=self.around)
@@ -123,22 +123,22 @@ class MegatronHost(Host):
 
     def _here(self, batches: Sequence[Batch]) -> list[Batch]:
         """Microbatches as this rank takes them: its share of their units, on its device."""
-        if self.groups.tp_size > 1:
+        if self.groups.share_size > 1:
             batches = [self.share(batch) for batch in batches]
         return [batch.to(self.engine.device) for batch in batches]
 
     def share(self, batch: Batch) -> Batch:
-        """This rank's share of a microbatch in its tensor-parallel group."""
+        """This rank's share of a microbatch among those that hold it."""
         model, groups = self.config.model, self.groups
-        share = share_out(batch, model=model, rank=groups.tp_rank, ranks=groups.tp_size)
+        share = share_out(batch, model=model, rank=groups.share_rank, ranks=groups.share_size)
         return replace(share, times=position_times(batch, modulated_media(model)))
 
     def _whole(self, sums: Sums) -> Sums:
-        """Sums over all shares, on every rank of a tensor-parallel group. Collective over TP."""
-        if self.groups.tp_size == 1 or not sums:
+        """Sums over all shares, on every rank that holds the microbatch. Collective over those."""
+        if self.groups.share_size == 1 or not sums:
             return sums
         stacked = torch.stack(list(sums.values()))
-        dist.all_reduce(stacked, group=self.groups.tp)
+        dist.all_reduce(stacked, group=self.groups.share)
         return dict(zip(sums, stacked, strict=True))
 
     def _through_engine(self, batch: Batch, objective: Objective) -> Sums:
@@ -187,10 +187,10 @@ class MegatronHost(Host):
 
     def gather_stored(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         values = {id(p): stored[name] for name, p in self.model.named_parameters()}
-        return self._gathered(lambda p: zero.stored_to_full(p, values[id(p)], dp_group=self.groups.dp))
+        return self._gathered(lambda p: zero.stored_to_full(p, values[id(p)], group=self.groups.reduce))
 
     def _gathered(self, value_of: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
-        owner = self.groups.dp_rank == 0 and self.groups.tp_rank == 0
+        owner = self.groups.reduce_rank == 0 and self.groups.tp_rank == 0
         tensors = {}
         for name, parameter in self.model.named_parameters():
             full = value_of(parameter).view(shape_of(parameter)).float()
@@ -207,7 +207,7 @@ class MegatronHost(Host):
             zero.make_room_for_moments(self.engine, step)
         for name, parameter in self.model.named_parameters():
             values = {key: self._read_local(read, key, name) for key in keys}
-            zero.write_values(parameter, values, dp_rank=self.groups.dp_rank)
+            zero.write_values(parameter, values, rank=self.groups.reduce_rank)
 
     def _read_local(self, read: Reader, key: str, name: str) -> Tensor:
         layout = self.layouts[name]
@@ -220,7 +220,7 @@ class MegatronHost(Host):
     @torch.no_grad()
     def scatter_stored(self, read: Reader, key: str) -> dict[str, Tensor]:
         return {
-            name: zero.full_to_stored(p, self._read_local(read, key, name), dp_rank=self.groups.dp_rank).clone()
+            name: zero.full_to_stored(p, self._read_local(read, key, name), rank=self.groups.reduce_rank).clone()
             for name, p in self.model.named_parameters()
         }
 

@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, final
 
@@ -28,6 +29,7 @@ from matformer.layers.attention import AttoView, atto_attention
 from matformer.layers.modulation import Rows, TimeModulation, modulate, rows_of_positions
 from matformer.layers.norm import rms_norm
 from matformer.parallel.groups import Groups
+from matformer.parallel.plan import Axis, Plan
 from matformer.parcels import Batch, Exchange
 from matformer.shapes import ATTO_PARTS
 
@@ -55,15 +57,18 @@ with importing_megatron():
 
 
 def build_groups(plan: ParallelConfig) -> Groups:
-    """Join the world (gloo on CPU, nccl on GPUs) and cut it into tp x pp x dp. Collective.
+    """Join the world (gloo on CPU, nccl on GPUs) and cut it into tp x cp x dp x pp. Collective.
+
+    Megatron is not told of context parallelism: the ranks of a context group are neighbours on its data axis that hold
+    one microbatch, so gradients are summed over them as over data, and its schedules multiply nothing by cp.
 
     Raises ParallelError where the launcher started another number of ranks than the plan needs.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != plan.ranks:
         raise ParallelError(
-            f"parallel.tp * pp * dp = {plan.tp} * {plan.pp} * {plan.dp} needs {plan.ranks} ranks, but {world} were "
-            "started; start the run with slurm/pretrain.sh or change parallel.*"
+            f"parallel.tp * cp * pp * dp = {plan.tp} * {plan.cp} * {plan.pp} * {plan.dp} needs {plan.ranks} ranks, but "
+            f"{world} were started; start the run with slurm/pretrain.sh or change parallel.*"
         )
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # asked for by megatron's tensor parallel layers
     # both hosts still call collectives by the names that torch renamed
@@ -75,19 +80,35 @@ def build_groups(plan: ParallelConfig) -> Groups:
         parallel_state.initialize_model_parallel(plan.tp, plan.pp, virtual)
         model_parallel_cuda_manual_seed(1234)  # asked for under sequence parallelism; no random number is drawn from it
     state: Any = parallel_state
+    tp, reduce = state.get_tensor_model_parallel_group(), state.get_data_parallel_group()
+    ranks = Plan(tp=plan.tp, cp=plan.cp, dp=plan.dp, pp=plan.pp)
+    here, timeout = ranks.coordinates(dist.get_rank()), timedelta(seconds=plan.timeout_seconds)
     return Groups(
         rank=dist.get_rank(),
         world=world,
-        tp_rank=state.get_tensor_model_parallel_rank(),
+        tp_rank=here.tp,
         tp_size=plan.tp,
-        pp_rank=state.get_pipeline_model_parallel_rank(),
+        cp_rank=here.cp,
+        cp_size=plan.cp,
+        pp_rank=here.pp,
         pp_size=plan.pp,
-        dp_rank=state.get_data_parallel_rank(),
+        dp_rank=here.dp,
         dp_size=plan.dp,
-        tp=state.get_tensor_model_parallel_group(),
+        tp=tp,
         pp=state.get_pipeline_model_parallel_group(),
-        dp=state.get_data_parallel_group(),
+        dp=_joined(ranks, "dp", timeout=timeout) if plan.cp > 1 else reduce,
+        cp=_joined(ranks, "cp", timeout=timeout) if plan.cp > 1 else None,
+        share=_joined(ranks, "tp", "cp", timeout=timeout) if plan.cp > 1 else tp,
+        reduce=reduce,
     )
+
+
+def _joined(ranks: Plan, *axes: Axis, timeout: timedelta) -> dist.ProcessGroup:
+    """This rank's group along these axes. Collective: every rank makes every group."""
+    members = [list(group) for group in ranks.groups(*axes)]
+    group, _ = dist.new_subgroups_by_enumeration(members, timeout=timeout)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def _join_world(plan: ParallelConfig) -> None:
@@ -237,10 +258,9 @@ class ModulatedLayer(TransformerLayer):
 
     def forward(self, *args: Any, packed_seq_params: AttoView, **kwargs: Any) -> Any:  # noqa: ANN401 - megatron's
         assert packed_seq_params.times is not None
-        index_L1 = packed_seq_params.times.index_BS.flatten()[:, None]
+        index_L1 = packed_seq_params.times.index_BS.flatten()[:, None]  # of this rank's positions
         found = self.modulation(packed_seq_params.times.time_T)
         if self.shared:
-            index_L1 = index_L1.chunk(self.tp_group.size())[self.tp_group.rank()]
             found = copy_to_tensor_model_parallel_region(found)
         first, second = rows_of_positions(found, index_L1)
         parts: Any = self
@@ -257,11 +277,15 @@ def _lay(rows: Rows | None, *, norm: ModulatedNorm, add: GatedAdd) -> None:
 
 
 class AttoCore(nn.Module):
-    """The attention core inside megatron's SelfAttention: ours, with the view that travels as `packed_seq_params`."""
+    """The attention core inside megatron's SelfAttention: ours, with the view that travels as `packed_seq_params`.
 
-    def __init__(self, config: TransformerConfig, **_: object) -> None:
+    Under context parallelism this rank's positions with all its heads become all positions with some of its heads, and
+    back (DeepSpeed-Ulysses, Jacobs 2023): every rank attends under the whole mask, whatever it is, with equal work.
+    """
+
+    def __init__(self, config: TransformerConfig, *, context: dist.ProcessGroup | None = None, **_: object) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.context = config, context
 
     def forward(
         self,
@@ -273,14 +297,41 @@ class AttoCore(nn.Module):
         packed_seq_params: AttoView,
         **_: object,
     ) -> Float[Tensor, "L 1 AK"]:
-        rows = packed_seq_params.visible_BSS.shape[:2]
-        query, key, value = (x.view(*rows, *x.shape[2:]) for x in (query, key, value))
-        out = atto_attention(query, key, value, view=packed_seq_params)
-        return out.reshape(-1, 1, out.shape[2] * out.shape[3])
+        rows = tuple(x.squeeze(1) for x in (query, key, value))
+        if self.context is not None:
+            rows = some_heads(*rows, group=self.context)
+        in_rows = (x.unflatten(0, packed_seq_params.rows) for x in rows)
+        out = atto_attention(*in_rows, view=packed_seq_params).flatten(0, 1)
+        if self.context is not None:
+            out = own_positions(out, group=self.context)
+        return out.flatten(1).unsqueeze(1)
 
 
-def layer_spec(atto: AttoConfig, *, modulated: bool) -> Any:  # noqa: ANN401 - megatron's spec and its submodules
-    """A layer of the Atto as megatron builds it."""
+def some_heads(
+    query: Float[Tensor, "l A K"], key: Float[Tensor, "l G K"], value: Float[Tensor, "l G K"], *, group: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Own positions of all heads -> all positions of this rank's share of them, in one exchange. Collective.
+
+    Fewer key/value heads than ranks are sent to each rank that asks them.
+    """
+    ranks = group.size()
+    if key.shape[1] < ranks:
+        key, value = (x.repeat_interleave(ranks // x.shape[1], dim=1) for x in (key, value))
+    by_rank = [x.unflatten(1, (ranks, -1)) for x in (query, key, value)]
+    sent = torch.cat(by_rank, dim=2).transpose(0, 1).flatten(0, 1).contiguous()
+    received: Tensor = all_to_all(group, sent)
+    first, second, third = received.split([x.shape[2] for x in by_rank], dim=1)
+    return first, second, third
+
+
+def own_positions(out: Float[Tensor, "L a K"], *, group: Any) -> Float[Tensor, "l A K"]:
+    """All positions of a share of the heads -> this rank's positions of all heads. Collective."""
+    received: Tensor = all_to_all(group, out.contiguous())
+    return received.unflatten(0, (group.size(), -1)).transpose(0, 1).flatten(1, 2)
+
+
+def layer_spec(atto: AttoConfig, *, modulated: bool, context: dist.ProcessGroup | None = None) -> Any:  # noqa: ANN401
+    """A layer of the Atto as megatron builds it. context: the ranks that hold the other positions."""
     layer: Any = get_gpt_layer_local_spec(normalization="RMSNorm")
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = ModulatedNorm if modulated else AttoNorm
@@ -288,7 +339,7 @@ def layer_spec(atto: AttoConfig, *, modulated: bool) -> Any:  # noqa: ANN401 - m
         layer.module = ModulatedLayer
         parts.self_attn_bda = parts.mlp_bda = GatedAdd
     attention = parts.self_attention.submodules
-    attention.core_attention = AttoCore
+    attention.core_attention = ModuleSpec(module=AttoCore, params={"context": context})
     if atto.qk_norm:
         attention.q_layernorm = attention.k_layernorm = ModuleSpec(module=HeadNorm)
     return layer
@@ -311,7 +362,7 @@ class MegatronTrunk(Trunk):
         self.is_first = groups.is_first and stage == 0
         self.is_last = groups.is_last and stage == plan.virtual_stages - 1
         virtual = stage if plan.virtual_stages > 1 else None
-        layer = layer_spec(atto, modulated=modulated)
+        layer = layer_spec(atto, modulated=modulated, context=groups.cp)
         count = get_num_layers_to_build(self.config, virtual)
         self.first_layer = get_transformer_layer_offset(self.config, virtual)
         self.block = TransformerBlock(
@@ -326,27 +377,40 @@ class MegatronTrunk(Trunk):
         if exchange is None:
             return super().bring(rows, slots, exchange)
         in_order = rows.index_select(0, slots.argsort())
-        brought = all_to_all(self.groups.tp, in_order, list(exchange.entering_received), list(exchange.entering_sent))
+        brought = all_to_all(
+            self.groups.share, in_order, list(exchange.entering_received), list(exchange.entering_sent)
+        )
         return brought, exchange.entering_slot_R
 
     def forward(self, hidden: Float[Tensor, "L H"] | None, view: AttoView, exchange: Exchange | None = None) -> Tensor:
         entering = None
         if hidden is not None:
             entering = hidden.unsqueeze(1)
-            if exchange is not None and not self.config.sequence_parallel:  # each rank's gradient is the whole: cut
+            if self.groups.tp_size > 1 and not self.config.sequence_parallel:  # each rank's gradient is the whole: cut
                 entering = gather_from_sequence_parallel_region(entering, tensor_parallel_output_grad=False)
-        leaving = self.block(entering, None, packed_seq_params=view)
+        leaving = self.block(entering, None, packed_seq_params=self._told(view))
         if not self.is_last:
             return leaving
         return leaving.squeeze(1) if exchange is None else self._given_back(leaving, exchange)
 
+    def _told(self, view: AttoView) -> AttoView:
+        """The view with the times of the positions that this rank's layers hold."""
+        if view.times is None:
+            return view
+        groups = self.groups
+        chunks, chunk = groups.cp_size, groups.cp_rank
+        if self.config.sequence_parallel:
+            chunks, chunk = groups.share_size, groups.share_rank
+        index = view.times.index_BS.flatten().chunk(chunks)[chunk]
+        return replace(view, times=replace(view.times, index_BS=index[None]))
+
     def _given_back(self, leaving: Float[Tensor, "own 1 H"], exchange: Exchange) -> Float[Tensor, "L H"]:
         """The latents that this rank reads, from the ranks in whose chunks they stand; zeros at all others."""
-        if not self.config.sequence_parallel:
+        if self.groups.tp_size > 1 and not self.config.sequence_parallel:
             leaving = scatter_to_sequence_parallel_region(leaving)
         sent = leaving.squeeze(1).index_select(0, exchange.leaving_slot_R)
-        read = all_to_all(self.groups.tp, sent, list(exchange.leaving_received), list(exchange.leaving_sent))
-        positions = len(leaving) * self.groups.tp_size
+        read = all_to_all(self.groups.share, sent, list(exchange.leaving_received), list(exchange.leaving_sent))
+        positions = len(leaving) * self.groups.share_size
         return read.new_zeros(positions, read.shape[1]).index_copy(0, exchange.read_slot_R, read)
 
     def receive(self, tensor: Tensor | None) -> None:
@@ -385,7 +449,7 @@ def run_schedule(
         data_iterator=[iter(batches) for _ in stages] if interleaved else iter(batches),
         model=list(stages) if interleaved else stages[0],
         num_microbatches=len(batches),
-        seq_length=batches[0].grid.kind_BS.numel(),
+        seq_length=batches[0].grid.kind_BS.numel() // trunks[0].groups.cp_size,
         micro_batch_size=1,
         forward_only=objective is None,
     )

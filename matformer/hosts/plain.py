@@ -100,7 +100,7 @@ class PlainTrunk(Trunk):
         self, hidden: Float[Tensor, "L H"] | None, view: AttoView, exchange: Exchange | None = None
     ) -> Float[Tensor, "L H"]:
         assert hidden is not None and exchange is None, "one stage on one rank: the Preludi are here, whole"
-        x_BSH = hidden.view(*view.visible_BSS.shape[:2], -1)
+        x_BSH = hidden.view(*view.rows, -1)
         for layer in self.layers:
             x_BSH = layer(x_BSH, view)
         return self.final_norm(x_BSH).flatten(0, 1)

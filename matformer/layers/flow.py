@@ -31,6 +31,7 @@ def clean_alone(units: MediaUnits) -> MediaUnits:
         noised_level_Q=units.noised_level_Q[:0],
         noise_QF=units.noise_QF[:0],
         time_of_Q=units.time_of_Q[:0],
+        patches_of_levels=None,
     )
 
 

@@ -13,6 +13,12 @@ from torch import Tensor
 from matformer.layers.precision import at_least_float32
 
 
+def segment_lengths(segment_U: Int[Tensor, " U"], *, num_segments: int) -> Int[Tensor, " segments"]:
+    """Rows of each segment. Not `bincount`, which on a GPU asks the host how long its answer is."""
+    one_U = torch.ones_like(segment_U)
+    return segment_U.new_zeros(num_segments).index_add(0, segment_U, one_U)
+
+
 def segment_sum(x_U: Float[Tensor, "U ..."], segment_U: Int[Tensor, " U"], *, num_segments: int) -> Tensor:
     """`[num_segments, ...]`: the sum of each segment's rows; an empty segment gives zeros."""
     return x_U.new_zeros(num_segments, *x_U.shape[1:]).index_add(0, segment_U, x_U)
@@ -20,7 +26,7 @@ def segment_sum(x_U: Float[Tensor, "U ..."], segment_U: Int[Tensor, " U"], *, nu
 
 def segment_mean(x_U: Float[Tensor, "U ..."], segment_U: Int[Tensor, " U"], *, num_segments: int) -> Tensor:
     """`[num_segments, ...]`: the mean of each segment's rows; an empty segment gives zeros."""
-    length = torch.bincount(segment_U, minlength=num_segments).clamp(min=1).to(x_U.dtype)
+    length = segment_lengths(segment_U, num_segments=num_segments).clamp(min=1).to(x_U.dtype)
     return segment_sum(x_U, segment_U, num_segments=num_segments) / length.view(-1, *[1] * (x_U.dim() - 1))
 
 
@@ -28,7 +34,7 @@ def segment_max(x_U: Float[Tensor, "U ..."], segment_U: Int[Tensor, " U"], *, nu
     """`[num_segments, ...]`: the largest of each segment's rows; segments are runs, none of them empty."""
     if x_U.numel() == 0:
         return segment_sum(x_U, segment_U, num_segments=num_segments)
-    length = torch.bincount(segment_U, minlength=num_segments)
+    length = segment_lengths(segment_U, num_segments=num_segments)
     return torch.segment_reduce(x_U, "max", lengths=length, axis=0, unsafe=True)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from matformer.config.schema import AttoConfig, MediaConfig, ModelConfig, TextConfig
+from matformer.config.schema import AttoConfig, MediaConfig, ModelConfig, Recompute, TextConfig
 from matformer.config.time_conditioning import modulated_media
 from matformer.parallel.counts import Counts, MediaCounts, TextCounts
 from matformer.shapes import NUM_TARGETS
@@ -30,6 +30,7 @@ class Share:
     sequence_parallel: bool = False
     size: int = FLOAT32
     core: Core = "fused"
+    recompute: Recompute = "none"
 
     @property
     def positions(self) -> int:
@@ -37,23 +38,63 @@ class Share:
         return self.tp if self.sequence_parallel else 1
 
 
-def atto_layer(model: ModelConfig, counts: Counts, share: Share) -> float:
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """Bytes of one layer's forward. stream: what enters it; ends: that once more, norms, modulations.
+
+    asked: queries, keys and values as the core of attention is handed them, with what they were made of; core: what it
+    makes of them; answer: its own; inner: of the feed-forward.
+    """
+
+    stream: float
+    ends: float
+    made: float
+    asked: float
+    core: float
+    answer: float
+    inner: float
+
+
+def _layer(model: ModelConfig, counts: Counts, share: Share) -> _Layer:
     """One layer of the Atto as megatron runs it."""
-    atto = model.atto
-    head, keys = atto.width // atto.heads, atto.kv_heads * (atto.width // atto.heads)
-    whole = 4 * atto.width  # the residual stream twice, both norms' answers
+    atto, rows = model.atto, share.size * counts.positions
+    width, head = atto.width, atto.width // atto.heads
+    keys, repeats = atto.kv_heads * head, atto.kv_heads < atto.heads
+    ends = 3 * width  # the residual stream in the middle, both norms' answers
     if modulated_media(model):
-        whole += 8 * atto.width  # of each branch: normed, 1 + scale, 1 + gate, what the gate closes
-    cut = 3 * atto.width + 5 * atto.ffn_width  # turned queries, keys, answer; gate and up, silu, up + 0, product
-    if atto.kv_heads < atto.heads:
-        cut += atto.width  # values, repeated
+        ends += 8 * width  # of each branch: normed, 1 + scale, 1 + gate, what the gate closes
     if atto.qk_norm:
-        cut += 2 * atto.width + 2 * keys  # all of qkv, queries copied out of it
-    elif atto.kv_heads == atto.heads:
-        cut += atto.width + 2 * keys
-    tables = 2 * head
-    numbers = counts.positions * (whole / share.positions + cut / share.tp + tables)
-    return share.size * numbers + _attention(atto.heads / share.tp, counts.atto.computed, counts.positions, share)
+        made, asked = 2 * width + 2 * keys, width + keys  # all of qkv, queries copied out of it; both normed
+    else:
+        made, asked = (0, 2 * width + 2 * keys) if repeats else (width + 2 * keys, 0)  # values are cut out of it
+    core = 2 * width + width * repeats  # turned queries and keys, repeated values
+    tables = rows * 2 * head + _attention(atto.heads / share.tp, counts.atto.computed, counts.positions, share)
+    return _Layer(
+        stream=rows * width / share.positions,
+        ends=rows * ends / share.positions,
+        made=rows * made / share.tp,
+        asked=rows * asked / share.tp,
+        core=rows * core / share.tp + tables,
+        answer=rows * width / share.tp,
+        inner=rows * 5 * atto.ffn_width / share.tp,  # gate and up, silu, up + 0, product
+    )
+
+
+def atto_layer(model: ModelConfig, counts: Counts, share: Share) -> float:
+    """What one layer keeps until its way back."""
+    one = _layer(model, counts, share)
+    if share.recompute == "full":
+        return one.stream
+    kept = one.stream + one.ends + one.made + one.answer
+    return kept + (one.asked if share.recompute == "selective" else one.core + one.inner)
+
+
+def made_again(model: ModelConfig, counts: Counts, share: Share) -> float:
+    """What the way back of one layer computes again, as much of it as is there at once."""
+    one = _layer(model, counts, share)
+    if share.recompute == "selective":
+        return max(one.core, one.inner)
+    return one.ends + one.made + one.core + one.answer + one.inner if share.recompute == "full" else 0.0
 
 
 def _attention(heads: float, pairs: int, rows: int, share: Share) -> float:

@@ -59,7 +59,7 @@ class Counts:
     atto: Pairs = Pairs()
     read: TextCounts = TextCounts()
     text: TextCounts = TextCounts()
-    media: Mapping[str, MediaCounts] = field(default_factory=dict)
+    media: Mapping[str, MediaCounts] = field(default_factory=dict, hash=False)
     questions: int = 0
 
 

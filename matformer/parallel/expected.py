@@ -1,16 +1,18 @@
 """What a microbatch will hold on average, from the config alone: sources in their shares, packed without padding.
 
-What only the data know is guessed, and said: how long patches, documents and captions are.
+What only the data know is guessed, and said: how long patches, documents and captions are. Media under a budget take
+all the latents that it allows, and split their largest blocks first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from statistics import fmean
 
-from matformer.config.schema import MediaConfig, ModelConfig, RunConfig, SourceConfig
+from matformer.config.budget import budgeted_splits, leaves_of_levels
+from matformer.config.schema import BudgetConfig, MediaConfig, ModelConfig, RunConfig, SourceConfig
 from matformer.parallel.counts import Counts, MediaCounts, Pairs, Run, TextCounts, document_pairs, window_pairs
 
 MEAN_PATCH = {"space": 5.5, "entropy": 4.5, "entropy_monotonic": 4.5, "bpe": 4.4, "tokens": 1.0}
@@ -34,7 +36,7 @@ def guess_of(config: RunConfig, *, patch_bytes: float | None = None) -> Guess:
 
 @dataclass(frozen=True, slots=True)
 class _Document:
-    """One of a kind: its runs in the Atto, text patches, and media as (name, noised, clean)."""
+    """One of a kind: its runs in the Atto, text patches, and media as (name, noised patches, clean patches)."""
 
     runs: tuple[Run, ...]
     patches: int
@@ -96,14 +98,16 @@ def _generated(model: ModelConfig, name: str, *, copies: int) -> _Document:
     size = mean_patches(media)
     if media.causal:
         return _Document((("causal", size + 2),), 0, ((name, size * media.next_latent.noises, size),))
-    clean: tuple[Run, ...] = (("clean", size),) if copies == 2 else ()
-    runs: tuple[Run, ...] = (("causal", 1), ("noised", size), *clean, ("causal", 1))
+    clean: tuple[Run, ...] = (("clean", _mean(media, media.clean_latents)),) if copies == 2 else ()
+    noised: Run = ("noised", _mean(media, media.noised_latents))
+    runs: tuple[Run, ...] = (("causal", 1), noised, *clean, ("causal", 1))
     return _Document(runs, 0, ((name, size, size * (copies == 2)),))
 
 
 def _given(model: ModelConfig, name: str) -> _Document:
-    size = mean_patches(model.media[name])
-    return _Document((("causal", 1), ("clean", size), ("causal", 1)), 0, ((name, 0, size),))
+    media = model.media[name]
+    runs: tuple[Run, ...] = (("causal", 1), ("clean", _mean(media, media.clean_latents)), ("causal", 1))
+    return _Document(runs, 0, ((name, 0, mean_patches(media)),))
 
 
 def _joined(*documents: _Document) -> _Document:
@@ -116,7 +120,12 @@ def _joined(*documents: _Document) -> _Document:
 
 def mean_patches(media: MediaConfig) -> int:
     """Of a span, every bucket as often as the others."""
-    return round(fmean(prod(media.grid(bucket)) for bucket in range(len(media.buckets))))
+    return _mean(media, lambda bucket: prod(media.grid(bucket)))
+
+
+def _mean(media: MediaConfig, size: Callable[[int], float]) -> int:
+    """Of what a bucket's number gives."""
+    return round(fmean(size(bucket) for bucket in range(len(media.buckets))))
 
 
 def _counts(model: ModelConfig, documents: list[tuple[float, _Document]], *, positions: int, guess: Guess) -> Counts:
@@ -156,4 +165,21 @@ def _media_counts(media: MediaConfig, name: str, documents: list[tuple[float, _D
     seen = noised * min(2 * media.coda_window - 1, mean_patches(media)) if media.coda == "dit" else 0
     times = noised if media.causal else spans
     told = spans if media.time_conditioning == "token" else 0
-    return MediaCounts(noised, clean, spans, times, told, Pairs(seen, seen))
+    counts = MediaCounts(noised, clean, spans, times, told, pairs=Pairs(seen, seen))
+    return counts if media.budget is None else _in_trees(counts, media, media.budget)
+
+
+def _in_trees(counts: MediaCounts, media: MediaConfig, budget: BudgetConfig) -> MediaCounts:
+    """With the leaves of every copy that stands in a tree, and what the router is asked of noised ones."""
+    grids = [media.grid(bucket) for bucket in range(len(media.buckets))]
+    leaves = [leaves_of_levels(grid, share=budget.share, levels=budget.levels) for grid in grids]
+    splits = fmean(max(0, budgeted_splits(grid, share=budget.share, levels=budget.levels)) for grid in grids)
+    large = [fmean(level) for level in zip(*leaves, strict=True)][1:]
+    trees = counts.noised / mean_patches(media) if media.noises_trees else 0.0
+    copies = counts.clean / mean_patches(media) + trees
+    return replace(
+        counts,
+        leaves=tuple(round(copies * level) for level in large),
+        trees=round(trees),
+        blocks=round(trees * (splits + sum(large))),  # those that are split, and those that could be
+    )

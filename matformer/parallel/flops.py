@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from matformer.config.schema import ModelConfig
+from matformer.config.schema import ModelConfig, Recompute
 from matformer.parallel.counts import Counts
-from matformer.parallel.parts import Attention, Map, Piece, atto_layer, parts
+from matformer.parallel.parts import Attention, Map, Piece, atto_layer, parts, recomputed
 
 Attended = Literal["seen", "computed"]
 
@@ -51,6 +51,12 @@ def flops_by_part(model: ModelConfig, counts: Counts, *, attended: Attended = "s
 def batch_flops(model: ModelConfig, counts: Counts, *, attended: Attended = "seen") -> int:
     """Forward and backward of the whole model over one microbatch."""
     return added(flops_by_part(model, counts, attended=attended)).total
+
+
+def flops_again(model: ModelConfig, counts: Counts, recompute: Recompute, *, attended: Attended = "seen") -> int:
+    """What all layers compute twice under `parallel.recompute`: work that is no model's, and in no utilisation."""
+    layer = part_flops(list(recomputed(model, counts, recompute)), attended=attended)
+    return layer.forward * model.atto.layers
 
 
 def part_flops(pieces: list[Piece], *, attended: Attended = "seen") -> Flops:

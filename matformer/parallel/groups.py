@@ -11,12 +11,19 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """Where this rank stands in tp x pp x dp, and the groups it speaks in (None where a group has one rank)."""
+    """Where this rank stands in tp x cp x dp x pp, and the groups it speaks in (None: one rank, or no world).
+
+    cp: the ranks of one dp that hold chunks of the same positions. share: all that hold one microbatch, tp x cp, the
+    tensor axis fastest. reduce: all that hold the same weights, cp x dp, context fastest; gradients are summed there
+    and ZeRO shards over it.
+    """
 
     rank: int = 0
     world: int = 1
     tp_rank: int = 0
     tp_size: int = 1
+    cp_rank: int = 0
+    cp_size: int = 1
     pp_rank: int = 0
     pp_size: int = 1
     dp_rank: int = 0
@@ -24,6 +31,29 @@ class Groups:
     tp: dist.ProcessGroup | None = None
     pp: dist.ProcessGroup | None = None
     dp: dist.ProcessGroup | None = None
+    cp: dist.ProcessGroup | None = None
+    share: dist.ProcessGroup | None = None
+    reduce: dist.ProcessGroup | None = None
+
+    @property
+    def share_rank(self) -> int:
+        """Among the ranks that hold one microbatch."""
+        return self.cp_rank * self.tp_size + self.tp_rank
+
+    @property
+    def share_size(self) -> int:
+        """How many ranks hold one microbatch."""
+        return self.cp_size * self.tp_size
+
+    @property
+    def reduce_rank(self) -> int:
+        """Among the ranks that hold the same weights."""
+        return self.dp_rank * self.cp_size + self.cp_rank
+
+    @property
+    def reduce_size(self) -> int:
+        """How many ranks hold the same weights."""
+        return self.dp_size * self.cp_size
 
     @property
     def is_first(self) -> bool:
@@ -37,8 +67,8 @@ class Groups:
 
     @property
     def speaks(self) -> bool:
-        """One rank of each tensor-parallel group of the last stage: the ones whose sums count."""
-        return self.is_last and self.tp_rank == 0
+        """One of the ranks that hold one microbatch, on the last stage: the ones whose sums count."""
+        return self.is_last and self.share_rank == 0
 
 
 def sum_over_world(values: Tensor, groups: Groups) -> Tensor:

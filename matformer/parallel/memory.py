@@ -1,32 +1,45 @@
 """Memory of one rank by what it is for, and its peak: arithmetic on the config, after how the hosts allocate.
 
 State stands all the time. Over it lie three phases of a step, of which the largest is the peak: forward and backward
-(activations, gradients, the bucket that reduces them), the update, and the average's step.
+(activations, gradients, the bucket that reduces them), the update, and the average's step. What the optimizer has in
+the host's memory is counted apart.
 Sources of the hosts' shares: deepspeed 0.19, stage_1_and_2.py, bf16_optimizer.py, stage3.py; tests/ranks/test_memory.py
 holds them to what ranks allocate.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
+from operator import mul
 
 from matformer.config.schema import ModelConfig, ParallelConfig, RunConfig
 from matformer.parallel import activations
 from matformer.parallel.activations import FLOAT32, Core, Share
 from matformer.parallel.counts import Counts
-from matformer.parallel.parameters import kept
-from matformer.parallel.parts import Table, atto_layer, parts
+from matformer.parallel.parameters import kept, parameters_by_part
+from matformer.parallel.parts import Table, atto_layer
+from matformer.parallel.pipeline import waiting
+
+_parameters_by_part = lru_cache(maxsize=8)(parameters_by_part)  # a search asks the same of many layouts
+_kept_by_part = lru_cache(maxsize=64)(activations.kept_by_part)
 
 LARGEST_BUCKET = 500_000_000  # elements; DeepSpeed's default, which it takes anew every step whatever the model needs
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One pipeline stage: which parts it holds, of how many. layers: of the Atto."""
+    """What one of `count` pipeline ranks holds. chunks: layers of each of its stages, in running order."""
 
     number: int
     count: int
-    layers: int
+    chunks: tuple[int, ...]
+
+    @property
+    def layers(self) -> int:
+        """Of the Atto, all together."""
+        return sum(self.chunks)
 
     @property
     def is_first(self) -> bool:
@@ -37,20 +50,40 @@ class Stage:
         return self.number == self.count - 1
 
     def holds(self, part: str) -> bool:
-        """Whether a part beside the Atto, by its name in `parts`, is here."""
-        if part == "start" or part.startswith("preludio/"):
+        """Whether a part beside the Atto, by its name in `parts`, is here: in the first stage or the last of all."""
+        if _enters(part):
             return self.is_first
         return self.is_last and (part == "router" or part.startswith("coda/"))
 
-    def in_flight(self, microbatches: int) -> int:
-        """Microbatches whose activations wait here at once under 1F1B."""
-        return min(self.count - self.number, microbatches)
+
+def _enters(part: str) -> bool:
+    return part == "start" or part.startswith("preludio/")
 
 
 def stages(config: RunConfig) -> list[Stage]:
-    """One a pipeline rank, with the layers of all its stages."""
+    """One a pipeline rank."""
     pp, layers = config.parallel.pp, config.parallel.layers_of_stages(config.model.atto.layers)
-    return [Stage(number, pp, sum(layers[number::pp])) for number in range(pp)]
+    return [Stage(number, pp, layers[number::pp]) for number in range(pp)]
+
+
+def different_stages(config: RunConfig) -> Counter[Stage]:
+    """How many ranks hold the same as these: of each kind the first, where most microbatches wait."""
+    found: dict[tuple[object, ...], list[Stage]] = {}
+    for stage in stages(config):
+        kind = (stage.is_first, stage.is_last, stage.chunks, _accumulates(config, stage))
+        found.setdefault(kind, []).append(stage)
+    return Counter({alike[0]: len(alike) for alike in found.values()})
+
+
+def _flights(config: RunConfig, stage: Stage) -> frozenset[tuple[int, ...]]:
+    virtual = config.parallel.virtual_stages
+    return waiting(stage.count, stage.number, virtual=virtual, microbatches=config.microbatches)
+
+
+def _accumulates(config: RunConfig, stage: Stage) -> bool:
+    """Whether gradients of earlier microbatches are there while most activations wait."""
+    forwards = config.microbatches * config.parallel.virtual_stages
+    return any(sum(flight) < forwards for flight in _flights(config, stage))
 
 
 def size_of(parallel: ParallelConfig) -> int:
@@ -60,20 +93,25 @@ def size_of(parallel: ParallelConfig) -> int:
 
 def parameters_of_stage(model: ModelConfig, stage: Stage, *, tp: int) -> int:
     """Parameters that one rank of a stage computes with."""
-    held = kept(list(atto_layer(model, Counts())), tp=tp) * stage.layers
+    held = _layer_parameters(model, tp) * stage.layers
     if stage.is_last:
         held += Table(model.atto.width).parameters  # the final norm
     return held + replicated_parameters(model, stage)
 
 
+@lru_cache(maxsize=64)
+def _layer_parameters(model: ModelConfig, tp: int) -> int:
+    return kept(list(atto_layer(model, Counts())), tp=tp)
+
+
 def replicated_parameters(model: ModelConfig, stage: Stage) -> int:
     """Of a stage's parts beside the Atto, which each rank of a tensor-parallel group holds whole."""
-    return sum(kept(pieces, tp=1) for name, pieces in parts(model).items() if stage.holds(name))
+    return sum(number for name, number in _parameters_by_part(model).items() if stage.holds(name))
 
 
 @dataclass(frozen=True, slots=True)
 class RankMemory:
-    """Bytes. The first five stand all the time; the others in their phases."""
+    """Bytes. The first five stand all the time; the others in their phases. host: not on the device."""
 
     weights: float
     masters: float
@@ -85,6 +123,7 @@ class RankMemory:
     passing: float
     update: float
     averaging: float
+    host: float = 0.0
 
     @property
     def state(self) -> float:
@@ -110,54 +149,62 @@ def rank_memory(config: RunConfig, counts: Counts, stage: Stage, *, core: Core =
     number = parameters_of_stage(config.model, stage, tp=parallel.tp)
     moments = 2 if config.train.optimizer == "adamw" else 0
     one = _OneStage(config, number=number, own=number / parallel.dp, size=size_of(parallel))
-    flying = stage.in_flight(config.microbatches)
     kept_once = activations_of(config, counts, stage, core=core)
-    waiting = flying * kept_once
     passing = _passing(config.model, counts, stage, share=share_of(parallel, core=core))
-    summed = _summed(config, stage)
+    freed = kept_once[0 if stage.is_first else -1]  # of the stage that has replicated weights, where there are any
+    on_device = 0 if parallel.offload_optimizer else FLOAT32 * one.own
     return RankMemory(
         weights=one.weights,
-        masters=FLOAT32 * one.own,
-        moments=moments * FLOAT32 * one.own,
+        masters=on_device,
+        moments=moments * on_device,
         average=FLOAT32 * (one.own if parallel.zero_stage == 3 else number),
         buffers=one.buffers,
-        gradients=one.gradients(accumulated=config.microbatches > flying),
-        activations=waiting,
-        passing=max(passing, summed - kept_once),
+        gradients=one.gradients(accumulated=_accumulates(config, stage)),
+        activations=max(sum(map(mul, flight, kept_once)) for flight in _flights(config, stage)),
+        passing=max(passing, _summed(config, stage) - freed),
         update=one.update,
         averaging=FLOAT32 * number if one.size < FLOAT32 and parallel.zero_stage < 3 else 0.0,
+        host=one.host(moments=moments),
     )
 
 
 def worst_rank(config: RunConfig, counts: Counts, *, core: Core = "fused") -> RankMemory:
     """Of the stage with the largest peak."""
-    return max((rank_memory(config, counts, stage, core=core) for stage in stages(config)), key=lambda one: one.peak)
+    ranks = (rank_memory(config, counts, stage, core=core) for stage in different_stages(config))
+    return max(ranks, key=lambda one: one.peak)
 
 
 def share_of(parallel: ParallelConfig, *, core: Core) -> Share:
     """What the activations of a rank of this plan are counted by."""
-    return Share(parallel.tp, parallel.sequence_parallel, size_of(parallel), core)
+    return Share(parallel.tp, parallel.sequence_parallel, size_of(parallel), core, parallel.recompute)
 
 
-def activations_of(config: RunConfig, counts: Counts, stage: Stage, *, core: Core) -> float:
-    """Bytes that one microbatch keeps on a stage until its way back."""
+def activations_of(config: RunConfig, counts: Counts, stage: Stage, *, core: Core) -> list[float]:
+    """Bytes that one microbatch keeps on each of a rank's stages until its way back."""
     model, share = config.model, share_of(config.parallel, core=core)
-    kept_here = stage.layers * activations.atto_layer(model, counts, share)
-    kept_here += activations.view(model.atto, counts, share)
-    by_part = activations.kept_by_part(model, counts, share)
-    kept_here += sum(value for name, value in by_part.items() if stage.holds(name)) / share.tp
-    return kept_here + share.size * counts.positions * model.atto.width / share.positions  # what leaves the layers
+    layer = activations.atto_layer(model, counts, share)
+    beside = activations.view(model.atto, counts, share)
+    beside += share.size * counts.positions * model.atto.width / share.positions  # what leaves the layers
+    kept_here = [layers * layer + beside for layers in stage.chunks]
+    for name, value in _kept_by_part(model, counts, share).items():
+        if stage.holds(name):
+            kept_here[0 if _enters(name) else -1] += value / share.tp
+    return kept_here
 
 
 def _passing(model: ModelConfig, counts: Counts, stage: Stage, *, share: Share) -> float:
-    """What the way back holds for a moment while hardly anything is freed yet.
+    """What the way back holds for a moment while hardly anything is freed yet: in the last layer, or before, in Code.
 
     Under tensor parallelism the Code read a rank's share of the latents out of a buffer of all L x H.
     """
-    if stage.is_last:
-        exchanged = share.size * counts.positions * model.atto.width if share.tp > 1 else 0
-        return 2 * activations.logits(model, counts.text) / share.tp + exchanged
-    return 2 * share.size * counts.positions * model.atto.ffn_width / share.tp
+    layer = 2 * share.size * counts.positions * model.atto.ffn_width / share.tp
+    layer += activations.made_again(model, counts, share)
+    if not stage.is_last:
+        return layer
+    exchanged = share.size * counts.positions * model.atto.width if share.tp > 1 else 0
+    by_part = _kept_by_part(model, counts, share)
+    code = sum(value for name, value in by_part.items() if not _enters(name)) / share.tp
+    return max(2 * activations.logits(model, counts.text) / share.tp + exchanged, layer - code)
 
 
 def _summed(config: RunConfig, stage: Stage) -> float:
@@ -185,6 +232,10 @@ class _OneStage:
         return self.config.parallel.zero_stage
 
     @property
+    def _offloads(self) -> bool:
+        return self.config.parallel.offload_optimizer
+
+    @property
     def _keeps_float32_gradients(self) -> bool:
         """DeepSpeed's BF16_Optimizer: one flat float32 gradient for the stage, there all the time."""
         return self.size < FLOAT32 and self._zero == 1
@@ -203,7 +254,9 @@ class _OneStage:
         """float32 gradients of BF16_Optimizer; ZeRO 3's flat gradients of its shards, and its bucket."""
         if self._keeps_float32_gradients:
             return FLOAT32 * self.number
-        return FLOAT32 * self.own + self.size * self._bucket if self._zero == 3 else 0.0
+        if self._zero != 3:
+            return 0.0
+        return self.size * self._bucket + (0.0 if self._offloads else FLOAT32 * self.own)
 
     def gradients(self, *, accumulated: bool) -> float:
         """Beside activations at the largest. accumulated: of earlier microbatches, where there are any."""
@@ -212,12 +265,20 @@ class _OneStage:
         if self._zero == 3:  # the graph keeps the weights that the forward gathered, the way back gathers them anew
             return 2 * self.size * self.number
         earlier = FLOAT32 * self.own if self._zero == 2 else self.size * self.number
-        return self.size * self._bucket + (earlier if accumulated else 0.0)
+        return self.size * self._bucket + (earlier if accumulated and not self._offloads else 0.0)
 
     @property
     def update(self) -> float:
         if self._keeps_float32_gradients:  # flattened; sent as it is, in float32
             return FLOAT32 * self._bucket
+        if self._offloads:
+            return 0.0
         if self._zero == 3:
             return FLOAT32 * self.own
         return (self.size * (self.number + self._bucket)) if self._zero == 1 else 2 * FLOAT32 * self.own
+
+    def host(self, *, moments: int) -> float:
+        """Masters, moments, their gradients; ZeRO 2: sums of microbatches and the weights sent back; ZeRO 3: sums."""
+        if not self._offloads:
+            return 0.0
+        return self.own * ((2 + moments) * FLOAT32 + (2 * self.size if self._zero == 2 else FLOAT32))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 from matformer.config.check import MAX_PATCH
-from matformer.config.schema import MediaConfig, ModelConfig, TextConfig
+from matformer.config.schema import MediaConfig, ModelConfig, Recompute, TextConfig
 from matformer.config.time_conditioning import ENTRANCES, modulated_media
 from matformer.parallel.counts import Counts, MediaCounts, Pairs, TextCounts
 from matformer.shapes import ATTO_PARTS, NUM_SYMBOLS, NUM_TARGETS, REACH, TIME_WAVES, TREE_WIDTH
@@ -88,14 +88,22 @@ def atto_layer(model: ModelConfig, counts: Counts) -> Iterator[Piece]:
     width, head = atto.width, atto.width // atto.heads
     for outer in (width, atto.kv_heads * head, atto.kv_heads * head):
         yield Map(width, outer, rows, sharded=True)
-    yield Attention(width, counts.atto, sharded=True)
     yield Map(width, width, rows, sharded=True)
-    yield from _swiglu(width, atto.ffn_width, rows, sharded=True)
+    yield from recomputed(model, counts, "selective")
     yield from [Table(width)] * 2 + [Table(head)] * (2 * atto.qk_norm)
     modulated = modulated_media(model)
     if modulated:
         times = 1 + sum(_media(counts, name).times for name in modulated)
         yield from _modulation(width, parts=ATTO_PARTS, rows=times if counts.positions else 0)
+
+
+def recomputed(model: ModelConfig, counts: Counts, recompute: Recompute) -> Iterator[Piece]:
+    """What of a layer's forward its way back runs again: selective, attention without its maps, and feed-forward."""
+    if recompute == "full":
+        yield from atto_layer(model, counts)
+    elif recompute == "selective":
+        yield Attention(model.atto.width, counts.atto, sharded=True)
+        yield from _swiglu(model.atto.width, model.atto.ffn_width, counts.positions, sharded=True)
 
 
 def router(model: ModelConfig, counts: Counts) -> Iterator[Piece]:

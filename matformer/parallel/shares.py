@@ -181,7 +181,9 @@ def _taken(record: Units, keep: Mapping[str, Bool[Tensor, " n"]]) -> Units:
     """Rows of every field, by the letter of its first axis; rows Q, of which there are three kinds, by the name."""
     found = {}
     for field in fields(record):  # pyright: ignore[reportArgumentType] - a frozen record
-        value: Tensor = getattr(record, field.name)
+        value = getattr(record, field.name)
+        if not isinstance(value, Tensor):
+            continue
         name, letters = field.name.rsplit("_", 1)
         letter = letters[0]
         if letter == "Q":

@@ -1,20 +1,26 @@
 """Expected time of one step: products over a calibrated rate, bytes over calibrated links, and the pipeline's bubble.
 
 Nothing overlaps here: the hosts reduce gradients after the schedule, and tensor-parallel sums stand in the way of the
-next product. So this is an upper bound where a later host hides some of it.
+next product. So this is an upper bound where a host hides some of it, as megatron does what an interleaved pipeline
+sends. The update of an optimizer in the host's memory is not counted.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import ceil
+from typing import NamedTuple
 
 from matformer.config.device import DeviceConfig
-from matformer.config.schema import ModelConfig, RunConfig
+from matformer.config.schema import ModelConfig, ParallelConfig, RunConfig
 from matformer.parallel.activations import FLOAT32
 from matformer.parallel.counts import Counts
-from matformer.parallel.flops import Flops, batch_flops, flops_by_part
-from matformer.parallel.memory import LARGEST_BUCKET, Stage, parameters_of_stage, size_of, stages
+from matformer.parallel.flops import Flops, added, flops_again, flops_by_part
+from matformer.parallel.memory import LARGEST_BUCKET, Stage, different_stages, parameters_of_stage, size_of
+from matformer.parallel.pipeline import sends
+
+_flops_by_part = lru_cache(maxsize=64)(flops_by_part)  # a search asks the same of many layouts
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +34,10 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """Seconds of one step; `share` of the peak in model FLOPs (MFU)."""
+    """Seconds of one step; again: products that the way back repeats; `share` of the peak in model FLOPs (MFU)."""
 
     compute: float
+    again: float
     tensor: float
     pipeline: float
     bubble: float
@@ -40,37 +47,46 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        return self.compute + self.tensor + self.pipeline + self.bubble + self.data + self.update
+        return self.compute + self.again + self.tensor + self.pipeline + self.bubble + self.data + self.update
 
 
 def step_time(config: RunConfig, counts: Counts, device: DeviceConfig) -> StepTime:
     """Of the config's plan on these devices."""
-    many, all_stages = config.microbatches, stages(config)
-    computes = [_compute(config, counts, stage, device) for stage in all_stages]
-    sums = [_tensor_seconds(config, counts, stage, device) for stage in all_stages]
-    slowest = max(range(len(all_stages)), key=lambda number: computes[number] + sums[number])
-    one = computes[slowest] + sums[slowest]
-    filled = sum(computes) + sum(sums)  # one microbatch through all stages, forward and backward
+    many, ranks = config.microbatches, different_stages(config)
+    passes = [_pass(config, counts, stage, device) for stage in ranks]
+    slowest = max(passes, key=sum)
+    through_all = sum(alike * sum(one) for alike, one in zip(ranks.values(), passes, strict=True))
     pipeline = many * _pipeline_seconds(config, counts, device)
     data, update = _largest_ends(config, device)
     seconds = StepTime(
-        compute=many * computes[slowest],
-        tensor=many * sums[slowest],
+        compute=many * slowest.compute,
+        again=many * slowest.again,
+        tensor=many * slowest.tensor,
         pipeline=pipeline,
-        bubble=filled - one,
+        bubble=(through_all - sum(slowest)) / config.parallel.virtual_stages,
         data=data,
         update=update,
         share=0.0,
     )
-    total = config.parallel.dp * many * batch_flops(config.model, counts)
+    total = config.parallel.dp * many * added(_flops_by_part(config.model, counts)).total
     share = total / (seconds.total * config.parallel.ranks * device.peak_tflops * 1e12)
     return replace(seconds, share=share)
 
 
-def bubble_share(config: RunConfig) -> float:
-    """Of the pipeline's time in which a stage waits, were all stages alike: (pp - 1) / (m + pp - 1)."""
-    pp = config.parallel.pp
-    return (pp - 1) / (config.microbatches + pp - 1)
+class _Pass(NamedTuple):
+    """Seconds of one microbatch on a rank, forward and backward."""
+
+    compute: float
+    again: float
+    tensor: float
+
+
+def _pass(config: RunConfig, counts: Counts, stage: Stage, device: DeviceConfig) -> _Pass:
+    return _Pass(
+        _compute(config, counts, stage, device),
+        _again(config, counts, stage, device),
+        _tensor_seconds(config, counts, stage, device),
+    )
 
 
 def _rate(width: float, device: DeviceConfig) -> float:
@@ -81,13 +97,20 @@ def _rate(width: float, device: DeviceConfig) -> float:
 def _compute(config: RunConfig, counts: Counts, stage: Stage, device: DeviceConfig) -> float:
     """Seconds of one microbatch's products on a stage, both ways; each TP rank has 1 / tp of the units."""
     model, tp = config.model, config.parallel.tp
-    by_part = flops_by_part(model, counts)
-    atto = by_part.pop("atto").total * stage.layers / model.atto.layers / tp
+    by_part = _flops_by_part(model, counts)
+    atto = by_part["atto"].total * stage.layers / model.atto.layers / tp
     seconds = atto / _rate(model.atto.width / tp, device)
     for name, flops in by_part.items():
         if stage.holds(name):
             seconds += _part_seconds(model, name, flops, device) / tp
     return seconds
+
+
+def _again(config: RunConfig, counts: Counts, stage: Stage, device: DeviceConfig) -> float:
+    """Seconds of one microbatch's products on a stage that its way back repeats."""
+    model, parallel = config.model, config.parallel
+    flops = flops_again(model, counts, parallel.recompute) * stage.layers / model.atto.layers / parallel.tp
+    return flops / _rate(model.atto.width / parallel.tp, device)
 
 
 def _part_seconds(model: ModelConfig, name: str, flops: Flops, device: DeviceConfig) -> float:
@@ -104,24 +127,31 @@ def _boundary(config: RunConfig, counts: Counts) -> float:
 def traffic(config: RunConfig, counts: Counts) -> Traffic:
     """Of the rank that sends most."""
     many, parallel = config.microbatches, config.parallel
-    layers = max(stage.layers for stage in stages(config))
-    data = max(_reduced_bytes(config, stage) for stage in stages(config))
+    ranks = different_stages(config)
+    layers = max(stage.layers for stage in ranks)
+    data = max(_reduced_bytes(config, stage) for stage in ranks)
     sent = _boundary(config, counts) / (parallel.tp if parallel.sequence_parallel else 1)
     return Traffic(
         tensor=many * layers * _layer_bytes(config, counts),
-        pipeline=many * (2.0 if parallel.pp > 2 else float(parallel.pp == 2)) * sent,
+        pipeline=many * sends(parallel.pp, virtual=parallel.virtual_stages) * sent,
         data=data,
     )
 
 
 def _layer_bytes(config: RunConfig, counts: Counts) -> float:
-    """A layer and microbatch: four sums over TP of the stream (two a way); each is a scatter and a gather.
+    """A layer and microbatch."""
+    tp = config.parallel.tp
+    return _layer_calls(config.parallel) * (tp - 1) / tp * _boundary(config, counts)
 
-    Under sequence parallelism two more gathers, of the norms' answers on the way back.
+
+def _layer_calls(parallel: ParallelConfig) -> int:
+    """Scatters and gathers of the stream over TP, of a layer and microbatch: four sums (two a way), two calls each.
+
+    Under sequence parallelism two more gathers, of the norms' answers on the way back. What is computed again is summed
+    again: the feed-forward, or both.
     """
-    parallel = config.parallel
-    part = (parallel.tp - 1) / parallel.tp * _boundary(config, counts)
-    return part * (10 if parallel.sequence_parallel else 8)
+    calls = 10 if parallel.sequence_parallel else 8
+    return calls + {"none": 0, "selective": 2, "full": 4}[parallel.recompute]
 
 
 def _tensor_seconds(config: RunConfig, counts: Counts, stage: Stage, device: DeviceConfig) -> float:
@@ -129,18 +159,19 @@ def _tensor_seconds(config: RunConfig, counts: Counts, stage: Stage, device: Dev
         return 0.0
     inside = config.parallel.tp <= device.devices_a_node
     rate = (device.in_node_gb_s if inside else device.between_nodes_gb_s) * 1e9
-    return stage.layers * (_layer_bytes(config, counts) / rate + 8 * device.latency_us * 1e-6)
+    calls = _layer_calls(config.parallel)
+    return stage.layers * (_layer_bytes(config, counts) / rate + calls * device.latency_us * 1e-6)
 
 
 def _pipeline_seconds(config: RunConfig, counts: Counts, device: DeviceConfig) -> float:
-    """A microbatch's stream sent on, and its gradient sent back."""
+    """A microbatch's stream sent on by each of a rank's stages, and its gradient sent back."""
     parallel = config.parallel
     if parallel.pp == 1:
         return 0.0
     sent = _boundary(config, counts) / (parallel.tp if parallel.sequence_parallel else 1)
     inside = parallel.ranks <= device.devices_a_node
     rate = (device.in_node_gb_s if inside else device.between_nodes_gb_s) * 1e9
-    return 2 * (sent / rate + device.latency_us * 1e-6)
+    return 2 * parallel.virtual_stages * (sent / rate + device.latency_us * 1e-6)
 
 
 def _reduced_bytes(config: RunConfig, stage: Stage) -> float:
@@ -159,7 +190,8 @@ def _reduced_bytes(config: RunConfig, stage: Stage) -> float:
 
 def _largest_ends(config: RunConfig, device: DeviceConfig) -> tuple[float, float]:
     """Seconds of reducing and of the update, of the stage that takes longest."""
-    found = [(_data_seconds(config, stage, device), _update_seconds(config, stage, device)) for stage in stages(config)]
+    ranks = different_stages(config)
+    found = [(_data_seconds(config, stage, device), _update_seconds(config, stage, device)) for stage in ranks]
     return max(found, key=sum)
 
 
@@ -177,8 +209,10 @@ def _data_seconds(config: RunConfig, stage: Stage, device: DeviceConfig) -> floa
 
 
 def _update_seconds(config: RunConfig, stage: Stage, device: DeviceConfig) -> float:
-    """Masters, moments and gradients read and written once, the average and the weights too."""
-    number = parameters_of_stage(config.model, stage, tp=config.parallel.tp)
-    own = number / config.parallel.dp
-    average = own if config.parallel.zero_stage == 3 else number
-    return (28 * own + 16 * average) / (device.memory_gb_s * 1e9)
+    """Masters, moments and gradients on the device read and written once, the average and the weights too."""
+    parallel = config.parallel
+    number = parameters_of_stage(config.model, stage, tp=parallel.tp)
+    own = number / parallel.dp
+    average = own if parallel.zero_stage == 3 else number
+    updated = 0 if parallel.offload_optimizer else own
+    return (28 * updated + 16 * average) / (device.memory_gb_s * 1e9)

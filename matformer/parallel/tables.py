@@ -18,7 +18,10 @@ Row = tuple[str, ...]
 
 PARTS_HEAD: Row = ("part", "parameters", "FLOPs", "of all", "units a sequence", "FLOPs a unit")
 MANY = {"patch": "patches"}
-LAYOUTS_HEAD: Row = ("tp", "pp", "dp", "ZeRO", "microbatch", "memory", "bubble", "step", "MFU", "latents/s")
+AS_FAST = 1.01  # steps that differ by less are equal: no expectation is that good
+LAYOUTS_HEAD: Row = (
+    *("tp", "pp x stages", "dp", "ZeRO", "recompute", "microbatch", "memory", "bubble", "step", "MFU", "latents/s"),
+)
 
 
 def parts_rows(config: RunConfig, guess: Guess) -> list[Row]:
@@ -64,9 +67,10 @@ def layout_row(one: Estimate, device: DeviceConfig) -> Row:
     rate = one.config.train.global_batch * one.config.data.sequence_latents / one.time.total
     return (
         f"{parallel.tp}{' sp' if parallel.sequence_parallel else ''}",
-        str(parallel.pp),
+        f"{parallel.pp} x {parallel.virtual_stages}",
         str(parallel.dp),
         str(parallel.zero_stage),
+        parallel.recompute,
         f"{one.config.train.micro_batch} x {one.config.microbatches}",
         gib(one.memory.peak) + ("" if one.fits(device) else " too much"),
         f"{one.bubble:.0%}",
@@ -79,12 +83,14 @@ def layout_row(one: Estimate, device: DeviceConfig) -> Row:
 def detail_rows(one: Estimate, device: DeviceConfig) -> list[Row]:
     """Memory, traffic and time of a layout, item by item."""
     memory, time = one.memory, one.time
-    names = [field.name for field in fields(RankMemory) if getattr(memory, field.name)]
+    names = [field.name for field in fields(RankMemory) if getattr(memory, field.name) and field.name != "host"]
+    host = [("in the host's memory", f"{gib(memory.host)}: the optimizer, whose update's time is not counted")]
     phases = ", ".join(f"{name} {gib(value)}" for name, value in memory.phases.items())
     sent = one.traffic
     return [
         ("memory of the fullest rank", ", ".join(f"{name} {gib(getattr(memory, name))}" for name in names)),
         ("at most in", f"{phases}; {gib(device.usable_bytes)} can be used"),
+        *(host if memory.host else ()),
         ("sent by a rank a step", f"TP {gib(sent.tensor)}, PP {gib(sent.pipeline)}, DP {gib(sent.data)}"),
         (
             "time of a step",
@@ -92,6 +98,7 @@ def detail_rows(one: Estimate, device: DeviceConfig) -> list[Row]:
                 f"{name} {seconds(value)}"
                 for name, value in (
                     ("products", time.compute),
+                    ("computed again", time.again),
                     ("TP", time.tensor),
                     ("PP", time.pipeline),
                     ("bubble", time.bubble),
@@ -126,15 +133,24 @@ def plan_file(one: Estimate, *, command: str) -> str:
 
 
 def best(found: Sequence[Estimate], device: DeviceConfig, *, count: int) -> list[Estimate]:
-    """The fastest that fit, one microbatch size of each layout; if none fits, those that lack least."""
+    """The fastest that fit, one a layout; if none fits, those that lack least.
+
+    Of microbatches, stages a rank and recomputes whose steps are as good as equal, the one that needs least memory.
+    """
     fitting = [one for one in found if one.fits(device)]
     if not fitting:
         return sorted(found, key=lambda one: one.memory.peak)[:count]
-    chosen: dict[tuple[int, ...], Estimate] = {}
+    layouts: dict[tuple[int, ...], list[Estimate]] = {}
     for one in fitting:
         parallel = one.config.parallel
-        chosen.setdefault((parallel.tp, parallel.pp, parallel.zero_stage), one)
-    return list(chosen.values())[:count]
+        layouts.setdefault((parallel.tp, parallel.pp, parallel.zero_stage), []).append(one)
+    chosen = [min(_as_fast(alike), key=lambda one: one.memory.peak) for alike in layouts.values()]
+    return sorted(chosen, key=lambda one: one.time.total)[:count]
+
+
+def _as_fast(found: Sequence[Estimate]) -> list[Estimate]:
+    fastest = min(one.time.total for one in found)
+    return [one for one in found if one.time.total <= AS_FAST * fastest]
 
 
 def large(number: float) -> str:

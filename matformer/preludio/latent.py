@@ -82,7 +82,8 @@ class LatentPreludio(Preludio[MediaUnits]):
         time = torch.cat((units.time_of_Q, torch.full_like(units.clean_row_Q, len(units.time_T))))
         if self.merge is not None:
             level = torch.cat((units.noised_level_Q, units.clean_level_Q))
-            patches, first = self.merge(patches, patch, slot, level)
+            counts = units.count_levels()
+            patches, first = self.merge(patches, patch, slot, level, patches_of_levels=counts)
             slot, time = slot[first], time[first]
         rows = [
             self._told(patches, time, units),

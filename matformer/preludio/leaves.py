@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, final
 
 import torch
@@ -37,12 +38,16 @@ class LeafMerge(nn.Module):
         patch_QF: Float[Tensor, "Q F"],
         slot_Q: Int[Tensor, " Q"],
         level_Q: Int[Tensor, " Q"],
+        *,
+        patches_of_levels: Sequence[int],
     ) -> Leaves:
-        """row: what each patch would give alone; patch: its scalars as the network sees them; slot: its leaf's."""
-        firsts = [(level_Q == 0).nonzero().flatten()]
-        rows = [row_QH.index_select(0, firsts[0])]
-        for level, (cells, detail) in enumerate(zip(self.cells, self.detail, strict=True), start=1):
-            place_LM = places_of_level(slot_Q, level_Q, level=level, cells=cells)
+        """row: what each patch would give alone; patch: its scalars as the network sees them; slot: its leaf's.
+
+        patches_of_levels: how many of Q stand in leaves of each level.
+        """
+        single, *larger = places_of_levels(slot_Q, level_Q, patches_of_levels=patches_of_levels, cells=self.cells)
+        firsts, rows = [single.flatten()], [row_QH.index_select(0, single.flatten())]
+        for level, (place_LM, detail) in enumerate(zip(larger, self.detail, strict=True), start=1):
             first_L = place_LM[:, 0]
             of_leaf, cells_LMF = (taken(x, place_LM) for x in (row_QH, patch_QF))
             merged = of_leaf.mean(1) + detail(cells_LMF.flatten(1))
@@ -56,9 +61,16 @@ def taken(x_QD: Float[Tensor, "Q D"], place_LM: Int[Tensor, "L M"]) -> Float[Ten
     return x_QD.index_select(0, place_LM.flatten()).view(*place_LM.shape, x_QD.shape[1])
 
 
-def places_of_level(
-    slot_Q: Int[Tensor, " Q"], level_Q: Int[Tensor, " Q"], *, level: int, cells: int
-) -> Int[Tensor, "L M"]:
-    """Places in Q of the patches of each leaf of this level, in raster order."""
-    here = (level_Q == level).nonzero().flatten()
-    return here[slot_Q[here].argsort(stable=True)].view(-1, cells)
+def places_of_levels(
+    slot_Q: Int[Tensor, " Q"], level_Q: Int[Tensor, " Q"], *, patches_of_levels: Sequence[int], cells: Sequence[int]
+) -> list[Int[Tensor, "L M"]]:
+    """Places in Q of the patches of each leaf, in raster order: of single patches, in Q's own order, and of each level.
+
+    cells: patches of a leaf of level 1, 2, ... Sorted, and cut by numbers that the host knows: no device is asked.
+    """
+    by_slot = slot_Q.argsort(stable=True)
+    order = by_slot[level_Q[by_slot].argsort(stable=True)]
+    counts = [*patches_of_levels, *[0] * (1 + len(cells) - len(patches_of_levels))]
+    single, *larger = order.split(counts)
+    alone = single.sort().values[:, None]
+    return [alone, *(places.view(-1, many) for places, many in zip(larger, cells, strict=True))]

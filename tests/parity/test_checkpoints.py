@@ -25,6 +25,7 @@ STEPS = 2  # before the checkpoint
 
 TP2: dict[str, Any] = {"tp": 2, "sequence_parallel": True}
 PP2: dict[str, Any] = {"pp": 2}
+CP2: Mapping[str, Any] = {"cp": 2}
 DP2: dict[str, Any] = {"dp": 2}
 ZERO2: dict[str, Any] = {"dp": 2, "zero_stage": 2}
 ZERO3: dict[str, Any] = {"dp": 2, "zero_stage": 3}
@@ -61,7 +62,7 @@ def assert_holds(seen: Sequence[dict[str, Arrays]], expected: dict[str, Arrays])
 
 @pytest.mark.parametrize(
     ("writer", "readers"),
-    [(TP2, [TP2, DP2, ZERO3, PP2]), (PP2, [TP2, ZERO2]), (ZERO3, [ZERO3, TP2])],
+    [(TP2, [TP2, DP2, ZERO3, PP2, CP2]), (PP2, [TP2, ZERO2]), (ZERO3, [ZERO3, TP2])],
     ids=["tp2", "pp2", "zero3"],
 )
 def test_what_a_layout_writes_any_other_reads_bit_for_bit(

@@ -34,7 +34,9 @@ def test_a_difference_is_told() -> None:
     assert any("must be there" in one for one in differences([Trained([1.0] * 3, [2.0] * 3, {}, {})], plain))
 
 
-@pytest.mark.parametrize("name", ["tp2 pp2 sequence parallel", "tp2 dp2", "pp2 interleaved"])
+@pytest.mark.parametrize(
+    "name", ["tp2 pp2 sequence parallel", "tp2 dp2", "pp2 interleaved", "tp2 cp2 sequence parallel"]
+)
 def test_in_float64_without_deepspeed_every_gradient_is_that_of_one_rank(name: str, world: World) -> None:
     from tests.parity.test_layouts import mixed_steps, run_of
 

@@ -70,6 +70,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 MORE_LAYOUTS: dict[str, dict[str, Any]] = {
+    "cp2": {"cp": 2},
+    "tp2 cp2": {"tp": 2, "cp": 2},
+    "tp2 cp2 sequence parallel": {"tp": 2, "cp": 2, "sequence_parallel": True},
+    "cp2 dp2 zero3": {"cp": 2, "dp": 2, "zero_stage": 3},
+    "cp2 pp2 interleaved": {"cp": 2, "pp": 2, "virtual_stages": 2},
     "pp2 interleaved": {"pp": 2, "virtual_stages": 2},
     "pp2 uneven": {"pp": 2, "stage_layers": (3, 1)},
     "tp2 pp2 interleaved uneven": {
@@ -86,7 +91,13 @@ MORE_LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2 zero2 offload": {"dp": 2, "zero_stage": 2, "offload_optimizer": True},
     "dp2 zero3 offload": {"dp": 2, "zero_stage": 3, "offload_optimizer": True},
 }
-SLOW = ("full recompute", "tp2 selective recompute", "dp2 zero3 offload")  # others say as much in less time
+SLOW = (
+    "full recompute",
+    "tp2 selective recompute",
+    "dp2 zero3 offload",
+    "tp2 cp2",
+    "cp2 dp2 zero3",
+)  # others say as much in less time
 
 
 def run_of(name: str, **train: Any) -> RunConfig:
@@ -207,7 +218,7 @@ def test_the_losses_gradients_have_the_cosines_of_one_rank_and_leave_no_trace(
     assert_same_run([trained for _, trained in looked], reference(steps))
 
 
-ADALN = ["tp2 sequence parallel", "pp2", "dp2 zero3"]
+ADALN = ["tp2 sequence parallel", "tp2 cp2 sequence parallel", "pp2", "dp2 zero3"]
 
 
 def adaln_run(name: str) -> RunConfig:

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from matformer.atto import masks, trunk
+from matformer.atto.masks import Positions
 from matformer.data.packing import document_positions
 from matformer.data.sources import Document
 from matformer.model import Matformer
-from matformer.parcels import Batch, Grid
+from matformer.parcels import Batch
 from tests.made import MODEL, document, image, mixed_documents, one_a_row, packed, plain_host, tiny_run
 from tests.tolerances import SAME_SUM
 
@@ -101,17 +102,15 @@ def test_every_pair_of_documents_in_one_row_is_alone() -> None:
         assert_same_sums(sums_of(model, packed([pair], length=70)), expected, dtype=torch.float64)
 
 
-def without_documents(grid: Grid) -> torch.Tensor:
+def without_documents(query: Positions, key: Positions) -> torch.Tensor:
     """A planted fault: who sees whom, across documents."""
-    mask = masks.causal(grid) | masks.same_span(grid)
-    return mask & (~masks.noised_key(grid) | masks.same_span(grid))
+    together = masks.same_span(query, key)
+    return (masks.causal(query, key) | together) & (~masks.noised(key) | together)
 
 
-def padding_seen(grid: Grid) -> torch.Tensor:
+def padding_seen(query: Positions, key: Positions) -> torch.Tensor:
     """A planted fault: everyone also sees the last position of the sequence."""
-    mask = masks.visible(grid).clone()
-    mask[:, :, -1] = True
-    return mask
+    return masks.sees(query, key) | (key.place == key.place.max())
 
 
 @pytest.mark.parametrize("planted", [without_documents, padding_seen])
@@ -120,6 +119,6 @@ def test_a_wrong_mask_is_seen(planted: object, monkeypatch: pytest.MonkeyPatch) 
     documents = [document("p", b"some text"), document("q", b"caption", image(1), b"end")]
     expected = alone(model, documents)
     assert_same_sums(sums_of(model, packed([documents], length=60)), expected, dtype=torch.float64)
-    monkeypatch.setattr(trunk, "visible", planted)
+    monkeypatch.setattr(trunk, "sees", planted)
     with pytest.raises(AssertionError):
         assert_same_sums(sums_of(model, packed([documents], length=60)), expected, dtype=torch.float64)

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +170,7 @@ def double_gradients(config: RunConfig, batches: GlobalBatch) -> Arrays:
         for trunk in host.trunks:
             trunk.config.pipeline_dtype = torch.float64
         mine = share(batches, host.groups)
-        shares = [host.share(batch) for batch in mine] if host.groups.tp_size > 1 else list(mine)
+        shares = [host.share(batch) for batch in mine] if host.groups.share_size > 1 else list(mine)
         objective = _objective(mine, config, groups=host.groups)
         run_schedule(host.stages, shares, trunks=host.trunks, objective=objective, around=host.around)
         return _owned_gradients(host, model)
@@ -184,12 +184,12 @@ def _objective(batches: GlobalBatch, config: RunConfig, *, groups: Groups) -> Ca
 
 
 def _owned_gradients(host: MegatronHost, model: torch.nn.Module) -> Arrays:
-    owner, found = host.groups.dp_rank == 0 and host.groups.tp_rank == 0, {}
+    owner, found = host.groups.reduce_rank == 0 and host.groups.tp_rank == 0, {}
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
         assert gradient is not None, name
-        if host.groups.dp_size > 1:
-            torch.distributed.all_reduce(gradient, group=host.groups.dp)
+        if host.groups.reduce_size > 1:
+            torch.distributed.all_reduce(gradient, group=host.groups.reduce)
         for piece, tensor in to_global(gradient, host.layouts[name], groups=host.groups):
             if owner:
                 found[piece] = tensor
@@ -253,14 +253,7 @@ def modulations_apart(host: MegatronHost) -> Iterator[None]:
     for module in host.model.modules():
         if isinstance(module, ModulatedLayer):
             module.shared = False
-            module.register_forward_pre_hook(_own_positions, with_kwargs=True)
     yield
-
-
-def _own_positions(module: ModulatedLayer, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    view = kwargs["packed_seq_params"]
-    flat = view.times.index_BS.flatten().chunk(module.tp_group.size())[module.tp_group.rank()]
-    return args, {**kwargs, "packed_seq_params": replace(view, times=replace(view.times, index_BS=flat))}
 
 
 @contextmanager

@@ -36,5 +36,7 @@ def _build_groups(config: RunConfig) -> None:
     """As the host does, but without the gloo groups beside, which no fake store can carry."""
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # after the host's own import
 
-    parallel_state.initialize_model_parallel(config.parallel.tp, config.parallel.pp, create_gloo_process_groups=False)
+    plan = config.parallel
+    virtual = plan.virtual_stages if plan.virtual_stages > 1 else None
+    parallel_state.initialize_model_parallel(plan.tp, plan.pp, virtual, create_gloo_process_groups=False)
     model_parallel_cuda_manual_seed(1234)

@@ -1,4 +1,4 @@
-"""Predicted memory of a rank against what ranks hold: seven layouts, and other models on one rank."""
+"""Predicted memory of a rank against what ranks hold: layouts of one rank and two, and other models on one rank."""
 
 from __future__ import annotations
 
@@ -26,6 +26,22 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp 2": {"dp": 2},
     "dp 2, ZeRO 2": {"dp": 2, "zero_stage": 2},
     "dp 2, ZeRO 3": {"dp": 2, "zero_stage": 3},
+    "pp 2, two stages each": {"pp": 2, "virtual_stages": 2, "layers": 4},
+    "pp 2, stages of 3 and 1": {"pp": 2, "stage_layers": (3, 1), "layers": 4},
+    "selective": {"recompute": "selective", "layers": 4},
+    "pp 2, full": {"pp": 2, "recompute": "full", "layers": 4},
+}
+
+SLOW: dict[str, dict[str, Any]] = {
+    "full": {"recompute": "full", "layers": 4},
+    "tp 2, sequence parallel, selective": {"tp": 2, "sequence_parallel": True, "recompute": "selective", "layers": 4},
+    "pp 2, two stages each, full": {"pp": 2, "virtual_stages": 2, "recompute": "full", "layers": 4},
+    "dp 2, ZeRO 3, full": {"dp": 2, "zero_stage": 3, "recompute": "full", "layers": 4},
+}
+
+OFFLOADED: dict[str, dict[str, Any]] = {
+    "dp 2, ZeRO 2, offload": {"dp": 2, "zero_stage": 2, "offload_optimizer": True},
+    "dp 2, ZeRO 3, offload": {"dp": 2, "zero_stage": 3, "offload_optimizer": True},
 }
 
 
@@ -41,9 +57,9 @@ def one() -> Iterator[Ranks]:
         yield ranks
 
 
-def run_of(**parallel: Any) -> RunConfig:
-    """Weights and activations of about the same size: four microbatches of a row."""
-    run = tiny_run(train={"global_batch": 4, "micro_batch": 1}, **parallel)
+def run_of(**keys: Any) -> RunConfig:
+    """Weights and activations of about the same size: four microbatches of a row. keys: parallel's, and layers."""
+    run = tiny_run(train={"global_batch": 4, "micro_batch": 1}, **keys)
     model = run.model.model_dump()
     model = ModelConfig.model_validate(model | {"atto": model["atto"] | ATTO, "text": model["text"] | TEXT})
     data = run.data.model_copy(update={"sequence_latents": LENGTH})
@@ -87,15 +103,25 @@ def compared(
     return [(by_stage[rank // per_stage], found) for rank, found in enumerate(measured)]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_the_peak_is_within_a_tenth_of_what_ranks_hold(name: str, one: Ranks, two: Ranks) -> None:
-    run = run_of(**LAYOUTS[name])
+    run = run_of(**(LAYOUTS | SLOW)[name])
     for predicted, measured in compared(run, two if run.parallel.ranks == 2 else one):
         peak = max(traced.peak for traced in measured.values())
         assert predicted.peak == pytest.approx(peak, rel=0.1), (predicted.phases, measured)
         assert predicted.state == pytest.approx(measured["state"].left, rel=0.1)
         share = peak - measured["state"].left  # else weights alone would carry the comparison
         assert predicted.peak - predicted.state == pytest.approx(share, rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OFFLOADED)
+def test_device_and_host_together_hold_what_is_predicted(name: str, two: Ranks) -> None:
+    """On CPU both are one memory."""
+    for predicted, measured in compared(run_of(**OFFLOADED[name]), two):
+        peak = max(traced.peak for traced in measured.values())
+        assert predicted.peak + predicted.host == pytest.approx(peak, rel=0.1)
+        assert predicted.state + predicted.host == pytest.approx(measured["state"].left, rel=0.1)
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "run"
     [
         ("8b", {"tp": 8, "pp": 4, "dp": 2, "sequence_parallel": "true"}),
         ("1b", {"tp": 2, "pp": 1, "dp": 64, "sequence_parallel": "true"}),
+        ("1b", {"pp": 4, "virtual_stages": 2, "stage_layers": "[2,3,3,3,3,3,3,4]"}),
         ("1b", {"tp": 1, "pp": 8, "dp": 1, "model.media.image.time_conditioning": "adaln_atto"}),
     ],
 )
@@ -29,8 +30,8 @@ def test_stages_of_large_models_hold_what_the_plan_says(name: str, degrees: dict
     config = load_run(CONFIGS / f"{name}.yaml", overrides)
     check(config)
     parallel = config.parallel
-    plan = Plan(tp=parallel.tp, pp=parallel.pp, dp=parallel.dp)
-    firsts = tuple(plan.rank_at(tp=parallel.tp - 1, pp=pp, dp=0) for pp in range(parallel.pp))
+    plan = Plan(tp=parallel.tp, cp=parallel.cp, pp=parallel.pp, dp=parallel.dp)
+    firsts = tuple(plan.rank_at(tp=parallel.tp - 1, pp=pp) for pp in range(parallel.pp))
     with Ranks(1) as ranks:
         (found,) = ranks.run(parameters_on_meta, config, firsts, limit_seconds=120.0)
     assert found == [parameters_of_stage(config.model, stage, tp=parallel.tp) for stage in stages(config)]

@@ -51,6 +51,7 @@ LAYOUTS = {
     "tp2": ("parallel.tp=2",),
     "pp2": ("parallel.pp=2",),
     "tp2 pp2": ("parallel.tp=2", "parallel.pp=2"),
+    "cp2": ("parallel.cp=2",),
     "dp2": ("parallel.dp=2", "run.gradients_every_steps=2"),
     "dp2 zero2": ("parallel.dp=2", "parallel.zero_stage=2"),
     "dp2 zero3": ("parallel.dp=2", "parallel.zero_stage=3"),
@@ -353,7 +354,7 @@ def test_a_mistake_is_one_sentence_and_code_2(house: House, overrides: list[str]
 def test_ranks_that_the_plan_does_not_have_are_refused(house: House) -> None:
     end = house.doors.door("matformer.train", CONFIG, *house.doors.overrides("ranks", "parallel.dp=2"))
     assert end.code == 3
-    only_sentence(end, "parallel.tp * pp * dp = 1 * 1 * 2 needs 2 ranks, but 1 were started")
+    only_sentence(end, "parallel.tp * cp * pp * dp = 1 * 1 * 1 * 2 needs 2 ranks, but 1 were started")
 
 
 @needs("damaged data")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from matformer.atto.masks import visible, visible_with_noised_context
+from matformer.atto.masks import sees, sees_noised_context, visible
 from matformer.config.schema import ModelConfig
 from matformer.data.counts import counts_of
 from matformer.data.sources import media_span
@@ -121,9 +121,9 @@ def test_pairs_are_those_of_the_mask(model: ModelConfig) -> None:
     first = medium & (batch.grid.media_BS == batch.grid.media_BS[medium][0])
     blind = replace(batch.grid, blind_BS=first & torch.isin(batch.grid.kind_BS, torch.tensor(kinds)))
     assert blind.blind_BS.sum() > 4
-    mask = visible_with_noised_context if model.media_context == "noised" else visible
+    rule = sees_noised_context if model.media_context == "noised" else sees
     for grid in (batch.grid, blind):
-        assert counts_of(replace(batch, grid=grid), model).atto.seen == int(mask(grid).sum())
+        assert counts_of(replace(batch, grid=grid), model).atto.seen == int(visible(grid, rule).sum())
 
 
 def test_attention_of_the_mask_costs_less_than_what_is_multiplied() -> None:

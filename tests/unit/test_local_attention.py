@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from matformer.layers import local_attention, tiles
-from matformer.layers.attention import AttoView, atto_attention, masked_attention
+from matformer.layers.attention import AttoView, DenseCore, atto_attention
 from matformer.layers.local_attention import LocalAttention, LocalBlock, local_view
 from matformer.layers.rotary import rotary_tables, rotate
 from tests.tolerances import SAME_SUM
@@ -149,10 +149,10 @@ def test_grouped_heads_are_torch_grouped_heads(kv_heads: int) -> None:
     key, value = torch.randn(2, 2, 6, kv_heads, 8, dtype=torch.float64)
     visible = torch.rand(2, 6, 6) < 0.5
     visible |= torch.eye(6, dtype=torch.bool)
-    got = masked_attention(query, key, value, visible_BST=visible)
+    got = DenseCore(visible).attend(query, key, value)
     expected = F.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (query, key, value)), attn_mask=visible[:, None], enable_gqa=True
     )
     torch.testing.assert_close(got, expected.transpose(1, 2), rtol=0, atol=SAME_SUM[torch.float64])
     still = rotary_tables(torch.zeros(2, 6, 1, dtype=torch.long), pairs=(4,), bases=(10.0,))
-    torch.testing.assert_close(atto_attention(query, key, value, view=AttoView(visible, still)), got)
+    torch.testing.assert_close(atto_attention(query, key, value, view=AttoView(DenseCore(visible), still)), got)

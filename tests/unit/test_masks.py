@@ -146,7 +146,7 @@ def test_under_a_noised_context_what_follows_sees_noised_media_and_not_noised_te
     kinds, media = [S, T, H, N, N, E, T], [-1, -1, 0, 0, 0, 0, -1]
     seen = grid(kinds, spans=[-1, -1, -1, 0, 0, -1, -1], media=media)
     seen = replace(seen, modality_BS=torch.tensor([[-1, 0, 1, 1, 1, 1, 0]]))
-    assert drawn(masks.visible_with_noised_context(seen)[0]) == [
+    assert drawn(masks.visible(seen, masks.sees_noised_context)[0]) == [
         "x......",
         "xx.....",
         "xxx....",
@@ -156,7 +156,7 @@ def test_under_a_noised_context_what_follows_sees_noised_media_and_not_noised_te
         "xxxxxxx",
     ]
     blind = replace(seen, blind_BS=torch.tensor([[0, 0, 1, 1, 1, 0, 0]]).bool())
-    assert drawn(masks.visible_with_noised_context(blind)[0])[2:] == [
+    assert drawn(masks.visible(blind, masks.sees_noised_context)[0])[2:] == [
         "x.x....",
         "x.xxx..",
         "x.xxx..",
@@ -164,7 +164,7 @@ def test_under_a_noised_context_what_follows_sees_noised_media_and_not_noised_te
         "xx.xxxx",
     ]
     text = grid([S, H, N, N, C, C, E], spans=[-1, -1, 0, 0, 1, 1, -1], media=[-1] + [0] * 6)
-    assert torch.equal(masks.visible_with_noised_context(text), masks.visible(text))
+    assert torch.equal(masks.visible(text, masks.sees_noised_context), masks.visible(text))
 
 
 @pytest.mark.parametrize("blind", [False, True])

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from matformer.atto import masks, trunk
+from matformer.atto.masks import Positions
 from matformer.engine.step import loss_weights, metrics_row, optimizer_step
 from matformer.hosts.plain import PlainHost
 from matformer.layers.flow import noised_rows
 from matformer.losses.text import symbol_nats
 from matformer.losses.total import total_loss
 from matformer.model import Matformer
-from matformer.parcels import Batch, Grid, Kind
+from matformer.parcels import Batch, Kind
 from tests.made import (
     MODEL,
     audio,
@@ -109,17 +110,17 @@ def test_nothing_leaks_through_the_atto(claim: Callable[[Matformer], None], mode
     claim(model)
 
 
-def no_noised_rule(grid: Grid) -> Tensor:
-    return masks.same_document(grid) & (masks.causal(grid) | masks.same_span(grid))
+def no_noised_rule(query: Positions, key: Positions) -> Tensor:
+    return masks.same_document(query, key) & (masks.causal(query, key) | masks.same_span(query, key))
 
 
-def no_document_rule(grid: Grid) -> Tensor:
-    mask = masks.causal(grid) | masks.same_span(grid)
-    return mask & (~masks.noised_key(grid) | masks.same_span(grid))
+def no_document_rule(query: Positions, key: Positions) -> Tensor:
+    together = masks.same_span(query, key)
+    return (masks.causal(query, key) | together) & (~masks.noised(key) | together)
 
 
-def no_order(grid: Grid) -> Tensor:
-    return masks.same_document(grid) & (~masks.noised_key(grid) | masks.same_span(grid))
+def no_order(query: Positions, key: Positions) -> Tensor:
+    return masks.same_document(query, key) & (~masks.noised(key) | masks.same_span(query, key))
 
 
 @pytest.mark.parametrize(
@@ -127,11 +128,11 @@ def no_order(grid: Grid) -> Tensor:
 )
 def test_a_planted_leak_is_seen(
     claim: Callable[[Matformer], None],
-    planted: Callable[[Grid], Tensor],
+    planted: masks.Rule,
     model: Matformer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(trunk, "visible", planted)
+    monkeypatch.setattr(trunk, "sees", planted)
     with pytest.raises(AssertionError):
         claim(model)
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from matformer.config.schema import ModelConfig
+from matformer.config.schema import ModelConfig, RunConfig
+from matformer.data.counts import counts_of
 from matformer.data.packing import Piece, Place, build_batch, document_positions, draw_zeros, largest_span, pack_batch
 from matformer.data.packing import with_noise as noised
 from matformer.data.sources import Document, MediaSpan, Role, media_span, merge_spans
@@ -19,6 +20,7 @@ from matformer.engine.trees import draw_trees
 from matformer.layers.quad_tree import asked_blocks, budgeted_levels, drawn_levels, leaf_numbers, num_leaves
 from matformer.losses.route import split_nats
 from matformer.model import Matformer
+from matformer.parallel.expected import Guess, expected_counts
 from matformer.parcels import Batch, Kind
 from tests.made import (
     PATCHER,
@@ -204,3 +206,24 @@ def test_sampling_draws_a_tree_and_denoises_in_it(guidance: float) -> None:
         assert (one.noised_tree == other.noised_tree).all()
     followed = build_batch([document("g", replace(spans[0], role="given"), b"what")], model=MODEL, sequence_latents=40)
     assert followed.grid.kind_BS[0].tolist().count(Kind.CLEAN) == 7
+
+
+def test_expected_counts_are_those_of_trees_that_split_their_largest_blocks_first() -> None:
+    """Pictures and sounds of +1 and -1 in turn: a block loses in proportion to its patches."""
+    media = {"image": ((4, 4), (4, 8)), "audio": ((8,), (16,))}
+    for name, shapes in media.items():
+        one = MODEL.media[name]
+        rows = []
+        for shape in shapes:
+            latent = np.broadcast_to((-1.0) ** np.indices(shape).sum(0), (one.channels, *shape)).astype(np.float32)
+            spans = [media_span(latent, name, media=one, role=role) for role in ("generate", "given")]
+            rows.append([document(role, span) for role, span in zip("ab", spans, strict=True)])
+        found = counts_of(packed(*rows), MODEL).media[name]
+        source = {"path": "made", "form": "pairs", "modality": name, "weight": 1.0, "generate_probability": 0.5}
+        run = tiny_run().model_dump() | {"model": MODEL.model_dump()}
+        run["data"] |= {"sources": {"made": source}, "sequence_latents": 10_000}
+        expected = expected_counts(RunConfig.model_validate(run), Guess(symbols=3.0)).media[name]
+        for field in ("noised", "clean", "trees", "blocks", "leaves"):
+            wanted, real = (np.array(getattr(counts, field)) / counts.spans for counts in (expected, found))
+            assert wanted == pytest.approx(real, rel=0.05), (name, field)
+        assert sum(real) > 0

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from matformer.errors import ParallelError
-from matformer.parallel.plan import Plan
+from matformer.parallel.plan import Axis, Plan
 
 
 def test_groups_are_those_of_the_docstring() -> None:
@@ -16,24 +15,18 @@ def test_groups_are_those_of_the_docstring() -> None:
 
 
 def test_coordinates_and_rank_are_inverse() -> None:
-    plan = Plan(tp=2, pp=3, dp=4)
-    assert [plan.rank_at(**plan.coordinates(rank)._asdict()) for rank in range(24)] == list(range(24))
+    plan = Plan(tp=2, cp=2, pp=3, dp=4)
+    assert [plan.rank_at(**plan.coordinates(rank)._asdict()) for rank in range(48)] == list(range(48))
 
 
-def test_groups_are_those_of_megatron() -> None:
+@pytest.mark.parametrize("axes", [("tp",), ("cp",), ("dp",), ("pp",), ("tp", "cp"), ("cp", "dp")])
+def test_groups_are_those_of_megatron(axes: tuple[Axis, ...]) -> None:
     parallel_state = pytest.importorskip("megatron.core.parallel_state")
-    ranks = parallel_state.RankGenerator(tp=2, ep=1, dp=3, pp=2, cp=1, order="tp-cp-ep-dp-pp")
-    plan = Plan(tp=2, pp=2, dp=3)
-    for axis in ("tp", "dp", "pp"):
-        assert [list(group) for group in plan.groups(axis)] == sorted(ranks.get_ranks(axis))
+    ranks = parallel_state.RankGenerator(tp=2, ep=1, dp=3, pp=2, cp=2, order="tp-cp-ep-dp-pp")
+    plan = Plan(tp=2, cp=2, pp=2, dp=3)
+    assert [list(group) for group in plan.groups(*axes)] == sorted(ranks.get_ranks("-".join(axes)))
 
 
-def test_a_degree_below_one_is_refused() -> None:
-    with pytest.raises(ParallelError, match="got tp 0, pp 1, dp 1"):
-        Plan(tp=0)
-
-
-def test_another_number_of_ranks_is_refused_with_every_factor() -> None:
-    Plan(tp=2, dp=2).check_world(4)
-    with pytest.raises(ParallelError, match=r"2 \* 1 \* 2 = 4 and 3"):
-        Plan(tp=2, dp=2).check_world(3)
+def test_context_is_a_part_of_the_data_axis_that_megatron_sees() -> None:
+    plan = Plan(tp=2, cp=2, pp=2, dp=3)
+    assert plan.groups("cp", "dp") == Plan(tp=2, pp=2, dp=6).groups("dp")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,10 @@ from matformer.config.schema import RunConfig
 from matformer.errors import ConfigError
 from matformer.parallel.counts import document_pairs
 from matformer.parallel.expected import Guess, expected_counts, guess_of, heaviest_counts
-from matformer.parallel.layouts import Estimate, estimate, estimates, no_layout
-from matformer.parallel.memory import Stage, stages, worst_rank
+from matformer.parallel.layouts import RECOMPUTES, Estimate, estimate, estimates, load_of, no_layout
+from matformer.parallel.memory import rank_memory, stages, worst_rank
 from matformer.parallel.parameters import parameters_by_part
-from matformer.parallel.tables import best, plan_file
+from matformer.parallel.tables import best, detail_rows, plan_file
 from matformer.plan import main
 from tools.model_family import FAMILY, yaml_of
 
@@ -34,7 +35,7 @@ def run_of(name: str, *overrides: str) -> RunConfig:
 
 def estimate_of(run: RunConfig, device: DeviceConfig = H100) -> Estimate:
     check(run)
-    return estimate(run, guess_of(run), device)
+    return estimate(run, load_of(run, guess_of(run)), device)
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -78,9 +79,22 @@ def test_each_axis_takes_memory_away() -> None:
     assert estimate_of(run_of("1b", "parallel.dp=8", "parallel.zero_stage=3")).memory.weights == whole.weights / 8
 
 
-def test_a_stage_holds_as_many_microbatches_as_follow_it() -> None:
-    assert [Stage(number, 4, 6).in_flight(16) for number in range(4)] == [4, 3, 2, 1]
-    assert [Stage(number, 4, 6).in_flight(2) for number in range(4)] == [2, 2, 2, 1]
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("parallel.pp=8",),
+        ("parallel.pp=8", "train.global_batch=4"),  # rank 4 holds gradients that rank 1 has not yet
+        ("parallel.pp=8", "train.global_batch=4", "parallel.dtype=float32"),
+        ("parallel.pp=4", "parallel.virtual_stages=3", "train.global_batch=8"),
+        ("parallel.pp=4", "parallel.stage_layers=[2,2,12,8]"),
+    ],
+)
+def test_the_worst_rank_is_the_worst_of_all(overrides: tuple[str, ...]) -> None:
+    run = run_of("1b", *overrides)
+    check(run)
+    for counts in heaviest_counts(run, guess_of(run)):
+        every = [rank_memory(run, counts, stage).peak for stage in stages(run)]
+        assert worst_rank(run, counts).peak == max(every)
 
 
 def test_layers_of_uneven_stages_are_those_of_the_config() -> None:
@@ -88,6 +102,97 @@ def test_layers_of_uneven_stages_are_those_of_the_config() -> None:
     assert [stage.layers for stage in stages(run)] == [10, 14]
     run = run_of("1b", "parallel.pp=2", "parallel.virtual_stages=2", "parallel.stage_layers=[4,7,6,7]")
     assert [stage.layers for stage in stages(run)] == [10, 14]
+
+
+def test_stages_in_turn_shorten_the_bubble_and_send_more() -> None:
+    keys = ("parallel.pp=4", "train.global_batch=16")
+    once, thrice = (estimate_of(run_of("1b", *keys, f"parallel.virtual_stages={virtual}")) for virtual in (1, 3))
+    assert thrice.bubble == 3 / (3 * 16 + 3)
+    assert thrice.time.bubble == pytest.approx(once.time.bubble / 3) and thrice.time.compute == once.time.compute
+    assert thrice.time.pipeline == 3 * once.time.pipeline and thrice.traffic.pipeline == 3 * once.traffic.pipeline
+    assert thrice.memory.activations > once.memory.activations and thrice.memory.weights == once.memory.weights
+
+
+def test_what_is_computed_again_costs_time_and_is_no_work_of_the_model() -> None:
+    """Of the 1 B model: 24 layers, 8,192 positions, width 2,048, 5,632 in the feed-forward; 16 sequences."""
+    keys = ("parallel.tp=2", "parallel.sequence_parallel=true", "train.global_batch=16")
+    none, selective, full = (estimate_of(run_of("1b", *keys, f"parallel.recompute={one}")) for one in RECOMPUTES)
+    assert none.time.again == 0.0
+    run = run_of("1b", *keys)
+    pairs = expected_counts(run, guess_of(run)).atto.seen
+    inner = 4 * pairs * 2048 + 2 * 8192 * 3 * 2048 * 5632
+    outer = 2 * 8192 * 2048 * (2 * 2048 + 2 * 1024)
+    rate = 989e12 * 0.62 * 1024 / (1024 + 256)
+    assert selective.time.again == pytest.approx(16 * 24 * inner / 2 / rate)
+    assert full.time.again == pytest.approx(16 * 24 * (inner + outer) / 2 / rate)
+    works = [one.time.share * one.time.total for one in (none, selective, full)]
+    assert works == pytest.approx([works[0]] * 3)
+    assert [one.traffic.tensor for one in (selective, full)] == pytest.approx(
+        [none.traffic.tensor * 12 / 10, none.traffic.tensor * 14 / 10]
+    )
+
+
+def test_each_recompute_is_slower_and_smaller_than_the_one_before_it() -> None:
+    """So the search may take the first that fits."""
+    for keys in (("parallel.dp=8",), ("parallel.pp=4", "parallel.virtual_stages=2"), ("parallel.tp=4",)):
+        found = [estimate_of(run_of("1b", *keys, f"parallel.recompute={one}")) for one in RECOMPUTES]
+        for less, more in pairwise(found):
+            assert less.time.total < more.time.total and less.memory.peak > more.memory.peak
+
+
+def test_full_recompute_keeps_one_stream_a_layer() -> None:
+    shallow, deep = (
+        estimate_of(run_of("1b", "parallel.recompute=full", f"model.atto.layers={layers}")).memory.activations
+        for layers in (23, 24)
+    )
+    assert deep - shallow == pytest.approx(8192 * 2048 * 2)
+
+
+def test_an_offloaded_optimizer_stands_in_the_hosts_memory() -> None:
+    """Of 8 ranks: a master, two moments and their gradient in float32; ZeRO 2: two bfloat16 copies, ZeRO 3: a sum."""
+    number = sum(parameters_by_part(run_of("1b").model).values())
+    for stage, each in ((2, 16 + 4), (3, 16 + 4)):
+        keys = ("parallel.dp=8", f"parallel.zero_stage={stage}")
+        here, there = (
+            estimate_of(run_of("1b", *keys)),
+            estimate_of(run_of("1b", *keys, "parallel.offload_optimizer=true")),
+        )
+        assert here.memory.host == 0.0 and there.memory.host == pytest.approx(each * number / 8)
+        assert there.memory.masters == there.memory.moments == 0.0
+        assert here.memory.state - there.memory.state >= 12 * number / 8
+        assert here.time.update - there.time.update == pytest.approx(28 * number / 8 / 2.8e12)
+        assert any("in the host's memory" in row[0] for row in detail_rows(there, H100))
+
+
+def test_the_search_interleaves_and_computes_again_only_what_does_not_fit() -> None:
+    run = run_of("8b")
+    small = H100.model_copy(update={"memory_gib": 40.0})
+    found = estimates(run, guess_of(run), small, gpus=64)
+    assert {one.config.parallel.virtual_stages for one in found} > {1, 2, 11}
+    by_layout: dict[str, list[Estimate]] = {}
+    for one in found:
+        key = one.config.model_copy(update={"parallel": one.config.parallel.model_copy(update={"recompute": "none"})})
+        by_layout.setdefault(key.model_dump_json(), []).append(one)
+        check(one.config)
+    for same in by_layout.values():
+        assert {one.config.parallel.recompute for one in same} == set(RECOMPUTES[: len(same)])
+        assert sum(one.fits(small) for one in same) <= 1 and (len(same) == 3 or same[-1].fits(small))
+    assert {len(same) for same in by_layout.values()} == {1, 2, 3}
+
+
+def test_of_steps_as_good_as_equal_the_best_needs_least_memory() -> None:
+    run = run_of("1b")
+    found = estimates(run, guess_of(run), H100, gpus=64)
+    for one in best(found, H100, count=100):
+        degrees = {key: getattr(one.config.parallel, key) for key in ("tp", "pp", "zero_stage")}
+        alike = [
+            other
+            for other in found
+            if other.fits(H100) and {key: getattr(other.config.parallel, key) for key in degrees} == degrees
+        ]
+        fastest = min(other.time.total for other in alike)
+        assert one.time.total <= 1.01 * fastest
+        assert not any(o.memory.peak < one.memory.peak and o.time.total <= 1.01 * fastest for o in alike)
 
 
 def test_the_bubble_is_that_of_1f1b() -> None:
@@ -135,6 +240,23 @@ def test_expected_counts_fill_the_sequence() -> None:
     documents = run.train.micro_batch
     assert text.atto.seen == documents * document_pairs([("causal", run.data.sequence_latents)])
     assert text.text.symbols == round(4.0 * (text.positions - documents)) + documents
+
+
+def test_a_coda_that_attends_sees_its_window() -> None:
+    run = run_of("1b", "model.media.image.coda=dit", "model.media.image.coda_window=8")
+    found = expected_counts(run, Guess(symbols=4.0)).media["image"]
+    assert found.pairs.seen == found.noised * 15 > 0 and found.leaves == ()
+
+
+def test_a_budget_leaves_the_sequence_fewer_latents_of_a_span() -> None:
+    given = "data.sources.images.generate_probability=0"
+    budget = "model.media.image.budget={share: 0.5, levels: 2}"
+    for keys, latents in (((), (256, 576, 1024)), ((budget,), (127, 288, 511))):  # a split adds three
+        run = run_of("1b", given, *keys)
+        check(run)
+        found = expected_counts(run, Guess(symbols=4.0), source="images").media["image"]
+        assert found.spans == round(8192 / (round(sum(latents) / 3) + 3 + 64 / 4))
+        assert found.clean == pytest.approx(found.spans * (256 + 576 + 1024) / 3, rel=0.05) and found.noised == 0
 
 
 def test_memory_is_that_of_the_worst_source() -> None:

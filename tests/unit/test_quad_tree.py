@@ -12,7 +12,7 @@ import torch
 from matformer.config.budget import budgeted_leaves, budgeted_splits, root_counts
 from matformer.layers.patchify import patchify, unpatchify
 from matformer.layers.quad_tree import budgeted_levels, grow, leaf_numbers, merging_errors, num_leaves, roots
-from matformer.preludio.leaves import places_of_level
+from matformer.preludio.leaves import places_of_levels
 
 GRIDS = [(8,), (5,), (4, 4), (8, 8), (3, 5), (2, 7), (1, 6), (2, 4, 6), (3, 3, 3)]
 LEVELS = (1, 2, 3)
@@ -113,9 +113,10 @@ def test_cells_of_leaves_are_all_cells_and_go_back_where_they_were() -> None:
         patches = patchify(latent, rank=len(grid), patch=2)
         slot = 7 + torch.from_numpy(leaf_numbers(tree, grid=grid)[0])
         back = torch.full_like(patches, torch.nan)
-        for level in range(levels + 1):
-            cells = 2 ** (len(grid) * level)
-            place = places_of_level(slot, torch.from_numpy(tree), level=level, cells=cells)
+        level = torch.from_numpy(tree)
+        cells = [2 ** (len(grid) * larger) for larger in range(1, levels + 1)]
+        counts = torch.bincount(level).tolist()
+        for place in places_of_levels(slot, level, patches_of_levels=counts, cells=cells):
             of_leaves = patches[place].flatten(1)  # what a level's own map reads
             back[place.flatten()] = of_leaves.view(-1, patches.shape[1])
         assert torch.equal(unpatchify(back, grid=latent.shape[1:], patch=2), latent)

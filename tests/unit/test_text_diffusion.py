@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli
 
 from matformer.atto import masks, trunk
+from matformer.atto.masks import Positions
 from matformer.config.check import check
 from matformer.config.schema import ModelConfig, RunConfig
 from matformer.data.packing import (
@@ -40,7 +41,7 @@ from matformer.errors import ConfigError, ParcelError
 from matformer.losses.text import symbol_nats
 from matformer.model import Matformer
 from matformer.parallel.seeds import generator
-from matformer.parcels import Batch, Grid, Kind
+from matformer.parcels import Batch, Kind
 from matformer.shapes import END, MASK, NUM_TARGETS
 from tests.made import as_diffused, image, plain_host, tiny_run
 from tests.tolerances import SAME_SUM
@@ -206,17 +207,15 @@ def test_a_masked_span_is_seen_both_ways_and_by_nobody_else() -> None:
     assert not moved[batch.text.piece_U == 0].any() and moved[batch.text.piece_U == 1].all()
 
 
-def everything_before(grid: Grid) -> Tensor:
+def everything_before(query: Positions, key: Positions) -> Tensor:
     """A planted fault: noised blocks also see the clean copy of their own block."""
-    mask = masks.visible(grid).clone()
-    span = grid.span_BS // 2
-    return mask | ((span[:, :, None] == span[:, None, :]) & (grid.span_BS >= 0)[:, :, None])
+    return masks.sees(query, key) | ((query.span // 2 == key.span // 2) & (query.span >= 0))
 
 
 def test_a_mask_that_shows_the_clean_copy_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_of("block_diffusion")
     batch = packed([[document("a", bytes(range(65, 65 + 16)))]], model=run.model, length=24)
-    monkeypatch.setattr(trunk, "visible", everything_before)
+    monkeypatch.setattr(trunk, "sees", everything_before)
     with pytest.raises(AssertionError, match="reaches its own block"):
         assert_no_leak(model_of(run), batch, objective="block_diffusion")
 

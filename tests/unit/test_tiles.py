@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from matformer.layers import tiles
-from matformer.layers.attention import AttoView, atto_attention
+from matformer.layers.attention import AttoView, DenseCore, TiledCore, atto_attention
 from matformer.layers.rotary import rotary_tables, rotate
 from matformer.layers.tiles import even_rows, mask_tiles, run_tiles, self_attention, tile_attention
 from tests.tolerances import SAME_SUM
@@ -78,8 +78,8 @@ def test_a_mask_of_any_pattern_as_the_atto_sees_it(rows: int, groups: int, monke
     key, value = (drawn(2, 11, 4 // groups, SIZE, draws=draws, requires_grad=True) for _ in range(2))
     rotary = rotary_tables(torch.arange(22).view(2, 11, 1), pairs=(SIZE // 2,), bases=(100.0,))
     got, expected = (
-        atto_attention(query, key, value, view=AttoView(visible, rotary, found))
-        for found in (mask_tiles(visible), None)
+        atto_attention(query, key, value, view=AttoView(core, rotary))
+        for core in (TiledCore(mask_tiles(visible)), DenseCore(visible))
     )
     same(got, expected, (query, key, value))
 

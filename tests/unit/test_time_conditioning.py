@@ -29,6 +29,7 @@ from matformer.data.packing import (
 )
 from matformer.data.sources import Document, MediaSpan
 from matformer.engine.step import loss_weights
+from matformer.layers.attention import DenseCore, TiledCore
 from matformer.layers.modulation import TimeModulation, modulate, position_times, rows_of_positions
 from matformer.layers.tiles import ROWS
 from matformer.layers.time_embedding import TimeEmbedding, time_waves
@@ -206,7 +207,7 @@ def assert_text_is_untouched(model: Matformer) -> None:
     assert_patches_alone_differ(model.latents(batch), plain.latents(batch), batch)
     batch = batch_of(mixed_documents(), model.model_config)
     hidden, view = model.embed(batch), model.view(batch)
-    alone = replace(view, visible_BSS=torch.eye(LENGTH, dtype=torch.bool).expand_as(view.visible_BSS))
+    alone = replace(view, core=DenseCore(torch.eye(LENGTH, dtype=torch.bool).expand(*view.rows, LENGTH)))
     told, untold = (one.atto(hidden.flatten(0, 1), alone).view_as(hidden) for one in (model, plain))
     assert_patches_alone_differ(told, untold, batch)
 
@@ -284,7 +285,7 @@ def assert_text_reads_x_t_alone(model: Matformer, *, length: int = LENGTH) -> No
     """What follows reads a generated span through x_t: its gradients by x and by eps are alpha and sigma times one."""
     model, one = model.double(), document("a", b"red ", image(1), b" then text")
     batch = batch_of([one], model.model_config, time=0.25, length=length)
-    assert (model.view(batch).tiles is not None) == (length > LENGTH)
+    assert isinstance(model.view(batch).core, TiledCore) == (length > LENGTH)
     units = batch.media["image"]
     value, noise = units.value_NF.double().requires_grad_(), units.noise_QF.double().requires_grad_()
     media = {**batch.media, "image": replace(units, value_NF=value, noise_QF=noise)}
@@ -303,7 +304,7 @@ def test_text_reads_a_noised_context_and_nothing_cleaner(conditioning: TimeCondi
 def test_a_context_that_cannot_be_read_and_a_clean_one_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AssertionError):
         assert_text_reads_x_t_alone(model_with("add"))  # clean copies: the gradient by noise is zero
-    monkeypatch.setattr(trunk, "visible_with_noised_context", masks.visible)
+    monkeypatch.setattr(trunk, "sees_noised_context", masks.sees)
     with pytest.raises(AssertionError):
         assert_text_reads_x_t_alone(model_with("add", media_context="noised"))
 
@@ -333,10 +334,10 @@ def test_a_noised_context_leaks_neither_backwards_nor_into_other_documents(monke
     for length in (LENGTH, BY_TILES):
         assert_nothing_earlier_and_no_other_document_reads_it(model, length=length)
     for planted in (
-        lambda grid: masks.causal(grid) | masks.same_span(grid),
-        lambda grid: masks.same_document(grid),
-        masks.visible,
+        lambda query, key: masks.causal(query, key) | masks.same_span(query, key),
+        masks.same_document,
+        masks.sees,
     ):
-        monkeypatch.setattr(trunk, "visible_with_noised_context", planted)
+        monkeypatch.setattr(trunk, "sees_noised_context", planted)
         with pytest.raises(AssertionError):
             assert_nothing_earlier_and_no_other_document_reads_it(model)

@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn import functional
 
+from matformer.atto import trunk
 from matformer.config.load import load_run
 from matformer.config.schema import ModelConfig, RunConfig
 from matformer.data.loader import Loader
@@ -52,7 +53,7 @@ from matformer.parallel.process import settle
 from matformer.parcels import Batch
 
 WARM_UP = 2
-MANY = 10_000  # graphs before dynamo gives up on a function: never
+MANY = 10_000_000  # graphs before dynamo gives up on a function: never
 RTOL, ATOL = 1e-4, 1e-5
 
 
@@ -92,13 +93,13 @@ def units_of(model: Matformer) -> dict[str, Unit]:
 @contextmanager
 def plain_operations() -> Iterator[None]:
     """Inside, what was written by hand for the CPU is what torch has for every device."""
-    window_of, masked = local_attention.window_of, attention.masked_attention
+    window_of = local_attention.window_of
     ours = [
         (norm, "rms_norm", _torchs_norm),
         (attention, "rotate", _turned),
         (local_attention, "rotate", _turned),
         (local_attention, "window_of", lambda *rows, tiled, **keys: window_of(*rows, tiled=False, **keys)),
-        (attention, "masked_attention", lambda *rows, tiles, **keys: masked(*rows, tiles=None, **keys)),
+        (trunk, "ROWS", MANY),  # no sequence is long enough for tiles
     ]
     with ExitStack() as stack:
         for module, name, function in ours:
@@ -205,20 +206,21 @@ def gain(
     expected = step(unit, unit.module, inputs)
     compiled: Any = torch.compile(unit.module, backend=backend, dynamic=dynamic)
     with WAYS[way]():
-        first = spent(lambda: step(unit, compiled, inputs))
-        found = step(unit, compiled, inputs)
+        inputs_there = unit.inputs(batch)
+        first = spent(lambda: step(unit, compiled, inputs_there))
+        found = step(unit, compiled, inputs_there)
     assert len(expected) == len(found), "the same weights have gradients"
     for one, other in zip(found, expected, strict=True):
         scale = max(float(other.abs().max()), 1e-12)
         torch.testing.assert_close(one / scale, other / scale, rtol=RTOL, atol=ATOL)
 
-    def timed(_: int, *, module: nn.Module, around: Callable[[], AbstractContextManager[None]]) -> float:
-        with around():
-            return cpu_seconds(lambda: step(unit, module, inputs))
+    def timed(_: int, *, module: nn.Module, given: tuple[Any, ...], way: str) -> float:
+        with WAYS[way]():
+            return cpu_seconds(lambda: step(unit, module, given))
 
     arms = {
-        "eager": partial(timed, module=unit.module, around=nullcontext),
-        "compiled": partial(timed, module=compiled, around=WAYS[way]),
+        "eager": partial(timed, module=unit.module, given=inputs, way="as it is"),
+        "compiled": partial(timed, module=compiled, given=inputs_there, way=way),
     }
     took = in_turn(arms, rounds, warm_up=WARM_UP)
     held = ratios(took["compiled"], took["eager"])
