@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -19,7 +20,7 @@ from matformer.layers.attention import AttentionCore, DenseCore
 from matformer.layers.block_attention import BlockCore, CausalCore
 from matformer.parcels import Grid, Kind
 from tests.made import document, mixed_documents, packed
-from tests.ranks.flex import apart_from_dense
+from tests.ranks.flex import apart_from_dense, compiled_apart_from_dense
 from tests.ranks.launcher import Ranks
 
 LENGTH = 75  # no multiple of a block
@@ -122,6 +123,16 @@ def test_flex_attention_is_attention_under_the_mask(rule: Rule, heads: tuple[int
     with Ranks(1) as ranks:
         (apart,) = ranks.run(apart_from_dense, media_grid(), rule, heads, limit_seconds=120.0)
     assert apart < 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch's compiler needs g++ on a CPU")
+def test_the_compiler_takes_the_rule_and_compiles_once_for_all_microbatches() -> None:
+    documents = mixed_documents()
+    grids = [packed([documents[n : n + 3], documents[n + 1 : n + 4]], length=LENGTH).grid for n in range(3)]
+    with Ranks(1) as ranks:
+        ((apart, graphs),) = ranks.run(compiled_apart_from_dense, grids, sees, (4, 2), limit_seconds=300.0)
+    assert apart < 1e-5 and graphs == 1
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
