@@ -29,7 +29,8 @@ from matformer.hosts.base import (
     read_shaped,
 )
 from matformer.hosts.layout import Layout, layouts, shape_of, to_global, to_local
-from matformer.hosts.megatron import MegatronTrunk, ModelParallelUnit, build_groups, run_schedule
+from matformer.hosts.megatron import MegatronTrunk, run_schedule
+from matformer.hosts.megatron_groups import ModelParallelUnit, build_groups
 from matformer.hosts.plain import added
 from matformer.hosts.replicated import ReplicatedWeights
 from matformer.layers.initialise import initial_value

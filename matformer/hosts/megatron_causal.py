@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from matformer.config.schema import AttoConfig, ParallelConfig
-from matformer.hosts.megatron import transformer_config
+from matformer.hosts.megatron_layer import transformer_config
 from matformer.hosts.megatron_on_cpu import importing_megatron
 
 with importing_megatron():

@@ -64,7 +64,7 @@ class _Layer:
 def _layer(model: ModelConfig, counts: Counts, share: Share) -> _Layer:
     """One layer of the Atto as megatron runs it.
 
-    Under context parallelism the core of attention has all positions of fewer heads (hosts/megatron.py, AttoCore).
+    Under context parallelism the core of attention has all positions of fewer heads (AttoCore in the host).
     """
     atto, rows = model.atto, share.size * counts.positions
     width, head = atto.width, atto.width // atto.heads

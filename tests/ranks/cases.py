@@ -21,7 +21,8 @@ with warnings.catch_warnings():
     from matformer.hosts import deepspeed as zero
     from matformer.hosts.hosted import MegatronHost
     from matformer.hosts.layout import to_global, to_local
-    from matformer.hosts.megatron import AttoNorm, HeadNorm, ModulatedLayer, run_schedule
+    from matformer.hosts.megatron import run_schedule
+    from matformer.hosts.megatron_layer import AttoNorm, HeadNorm, ModulatedLayer
     from matformer.hosts.replicated import SummedOverGroup
 
 import matformer.engine.step as step_room

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from matformer.config.schema import AttoConfig, ParallelConfig
-from matformer.hosts.megatron import build_groups
 from matformer.hosts.megatron_causal import MegatronCausal, causal_cores
+from matformer.hosts.megatron_groups import build_groups
 
 
 def answers_by_core(atto: AttoConfig) -> dict[str, dict[str, Any]]:

@@ -29,7 +29,8 @@ from matformer.config.load import load_run
 from matformer.config.schema import AttoConfig, ModelConfig, ParallelConfig
 from matformer.hosts.base import Trunk
 from matformer.hosts.layout import layouts, to_local
-from matformer.hosts.megatron import MegatronTrunk, build_groups
+from matformer.hosts.megatron import MegatronTrunk
+from matformer.hosts.megatron_groups import build_groups
 from matformer.hosts.plain import PlainTrunk
 from matformer.layers.attention import AttoView
 from matformer.layers.initialise import initial_value
