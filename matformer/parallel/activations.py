@@ -68,7 +68,8 @@ def _layer(model: ModelConfig, counts: Counts, share: Share) -> _Layer:
     """
     atto, rows = model.atto, share.size * counts.positions
     width, head = atto.width, atto.width // atto.heads
-    keys, repeats = atto.kv_heads * head, key_heads(atto, tp=share.tp, cp=share.cp) < atto.heads
+    keys, attended = atto.kv_heads * head, key_heads(atto, tp=share.tp, cp=share.cp) * head
+    repeats = attended < width and share.core == "tiles"  # the fused ones take fewer key heads than queries'
     ends = 3 * width  # the residual stream in the middle, both norms' answers
     if modulated_media(model):
         ends += 8 * width  # of each branch: normed, 1 + scale, 1 + gate, what the gate closes
@@ -78,7 +79,7 @@ def _layer(model: ModelConfig, counts: Counts, share: Share) -> _Layer:
         made, asked = 0, 2 * width + 2 * keys
     else:
         made, asked = width + 2 * keys, 0  # values are cut out of it
-    core = 2 * width + width * repeats  # turned queries and keys, repeated values
+    core = width + (2 * width if repeats else attended)  # turned queries and keys, repeated values
     if share.cp > 1:
         core += 0 if repeats else exchanged(atto, tp=share.tp, cp=share.cp)  # values are cut out of what came
         core += width * (share.core == "fused")  # its answer, of which what is sent back is another copy
