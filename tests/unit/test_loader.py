@@ -123,7 +123,8 @@ def config(root: Path, *, sources: dict[str, Any] = SOURCES, **data: Any) -> Run
 
 def numbers(batch: Batch) -> list[torch.Tensor]:
     records = [batch.grid, batch.text, batch.read, batch.route, *batch.media.values()]
-    return [getattr(record, field.name) for record in records for field in fields(record)]
+    values = [getattr(record, field.name) for record in records for field in fields(record)]
+    return [value for value in values if value is not None]  # what is known only once a batch stands on a device
 
 
 def equal(first: Batch, second: Batch) -> bool:

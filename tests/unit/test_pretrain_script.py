@@ -278,4 +278,4 @@ def test_the_plan_door_shows_the_run(project: Path) -> None:
     sizes = ["train.global_batch=8", "data.sequence_latents=256"]
     command = [sys.executable, "-m", "matformer.plan", "configs/run/demo.yaml", "parallel.dp=2", *sizes]
     shown = subprocess.run(command, cwd=project, capture_output=True, text=True).stdout
-    assert "2 = tp 1 x pp 1 x dp 2" in shown and "2,048" in shown
+    assert "2 = tp 1 x cp 1 x pp 1 x dp 2" in shown and "2,048" in shown
