@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.nn.attention.varlen import varlen_attn
 
 from matformer.layers.attention import AttentionCore, with_equal_heads
 
@@ -112,6 +111,8 @@ class CausalCore(AttentionCore):
         return run(*rows).view_as(query_BSAK)
 
     def _by_flash(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn  # here: it imports 1.5 s of what no CPU needs
+
         longest, grouped = max(self.lengths), query.shape[1] != key.shape[1]
         before = (-1, 0)  # all that is to the left, nothing to the right
         out = varlen_attn(
