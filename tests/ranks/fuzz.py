@@ -16,7 +16,7 @@ from matformer.data.sources import Document
 from matformer.data.text_rows import with_masks
 from matformer.errors import ConfigError
 from matformer.parcels import Batch
-from tests.made import LENGTH, as_blt, as_diffused, audio, document, image, tiny_run
+from tests.made import as_blt, as_diffused, audio, document, image, tiny_run
 
 LAYERS = 4
 MICROBATCHES = 8
@@ -25,6 +25,7 @@ DEGREES = {"tp": (1, 1, 2, 2, 4), "cp": (1, 1, 2), "pp": (1, 1, 2, 2, 4), "dp": 
 # AdamW's with eps 1e-5 turns a gradient's rounding, 1e-7 of the tensor's largest, into about lr / 100 of a weight.
 RATES = {"adamw": 3e-4, "sgd": 1e-3}
 MOST_RANKS = 8
+ROW = 80  # latents; what is drawn takes at most some 60
 MOST_DRAWS = 1000
 
 TEXTS = ("own", "own", "blt", "masked_diffusion", "block_diffusion")
@@ -99,7 +100,9 @@ def _config(text: str, keys: dict[str, Any], layout: dict[str, Any], train: dict
     model = as_blt(run.model) if text == "blt" else run.model
     model = as_diffused(model, text) if text.endswith("diffusion") else model
     atto = model.atto.model_copy(update={"kv_heads": 4 if layout["tp"] == 4 else 2})
-    data = run.data.model_copy(update={"lanes": 2 * MICROBATCHES, "patcher": PatcherConfig(patch_bytes=3)})
+    data = run.data.model_copy(
+        update={"lanes": 2 * MICROBATCHES, "sequence_latents": ROW, "patcher": PatcherConfig(patch_bytes=3)}
+    )
     context = keys["media_context"]
     each = {key: value for key, value in keys.items() if key != "media_context"}
     media = {name: one.model_dump() | each for name, one in model.media.items()}
@@ -119,7 +122,7 @@ def _microbatch(model: ModelConfig, draws: np.random.Generator, *, step: int, nu
         draw_training_noise(seed=0, step=step, lane=2 * number + row, blind_probability=0.3, time_shift=1.0)
         for row in range(2)
     ]
-    batch = pack_batch(rows, noise, model=model, sequence_latents=LENGTH)
+    batch = pack_batch(rows, noise, model=model, sequence_latents=ROW)
     if model.diffuses_text:
         return with_masks(batch, number=number % 16, draws=16, seed=step)
     return batch
