@@ -70,7 +70,8 @@ class ReplicatedWeights:
         """
 
         def summed(gradient: Tensor) -> Tensor:
-            total = at_least_float32(gradient).clone()
+            # Convolutions give theirs in one order of memory or another, rank by rank: the sum is over memory.
+            total = at_least_float32(gradient).clone(memory_format=torch.contiguous_format)
             dist.all_reduce(total, group=self.group)
             return total.to(gradient.dtype)
 

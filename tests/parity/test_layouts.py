@@ -323,6 +323,11 @@ def test_copies_in_trees_give_the_same_too(world: World) -> None:
     assert_same_run(world(4).run(cases.train_ranks, config, steps), reference)
 
 
+def test_gradients_are_summed_whatever_their_order_in_memory(world: World) -> None:
+    """What the fuzz found: a rank without pictures has zeros in another order than a convolution's gradient."""
+    assert world(2).run(cases.sum_of_two_orders, run_of("tp2")) == [True, True]
+
+
 @pytest.mark.parametrize("name", ["tp2", "pp2", "dp2 zero2", "dp2 zero3"])
 def test_clipping_takes_the_norm_of_the_whole_gradient(name: str, world: World) -> None:
     plain = reference(mixed_steps, clip=0.5)

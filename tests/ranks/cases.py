@@ -22,8 +22,9 @@ with warnings.catch_warnings():
     from matformer.hosts.hosted import MegatronHost
     from matformer.hosts.layout import to_global, to_local
     from matformer.hosts.megatron import run_schedule
+    from matformer.hosts.megatron_groups import build_groups
     from matformer.hosts.megatron_layer import AttoNorm, HeadNorm, ModulatedLayer
-    from matformer.hosts.replicated import SummedOverGroup
+    from matformer.hosts.replicated import ReplicatedWeights, SummedOverGroup
 
 import matformer.engine.step as step_room
 from matformer.checkpoint.store import Checkpoint, save
@@ -354,3 +355,18 @@ def raise_on_rank_one() -> None:
     """For the launcher's own test."""
     if os.environ["RANK"] == "1":
         raise ValueError("planted")
+
+
+def sum_of_two_orders(config: RunConfig) -> bool:
+    """Whether the hooks' sum of a gradient is right on this rank, where one rank's lies in memory channels last."""
+    groups = build_groups(config.parallel)
+    try:
+        module = torch.nn.Conv2d(3, 2, 2, bias=False)
+        assert groups.tp is not None
+        ReplicatedWeights([module], group=groups.tp).sum_by_hooks()
+        gradient = torch.arange(24.0).view(2, 3, 2, 2)
+        mine = gradient.to(memory_format=torch.channels_last) if groups.tp_rank else torch.zeros(2, 3, 2, 2)
+        module.weight.backward(mine)
+        return module.weight.grad is not None and torch.equal(module.weight.grad, gradient)
+    finally:
+        parallel_state.destroy_model_parallel()
