@@ -12,7 +12,7 @@ from matformer.config.time_conditioning import modulated_media
 from matformer.hosts.base import Sums, Trunk
 from matformer.layers.attention import AttoView
 from matformer.layers.modulation import position_times
-from matformer.layers.segments import segment_lengths, segment_sum
+from matformer.layers.segments import segment_firsts, segment_sum
 from matformer.losses.flow import squared_error
 from matformer.losses.route import bucket_nats, kind_nats, split_nats
 from matformer.losses.text import end_nats, symbol_nats
@@ -132,8 +132,7 @@ class Matformer(nn.Module):
         """Of each symbol, and of its patch's end where that has to be said, or of each piece; and their documents."""
         logits = self.text_logits(latent_LH, units, input_UD)
         if self.model_config.text.vocabulary is not None:
-            length_P = segment_lengths(units.patch_U, num_segments=len(units.token_P))
-            first_P = length_P.cumsum(0) - length_P
+            first_P = segment_firsts(units.patch_U, num_segments=len(units.token_P))
             return symbol_nats(logits, units.token_P), units.document_U[first_P]
         nats_U = symbol_nats(logits[:, :NUM_TARGETS], units.symbol_U)
         if self.model_config.text.predicts_end:

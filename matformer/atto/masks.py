@@ -60,29 +60,6 @@ class Positions:
         )
 
 
-def visible(grid: Grid, rule: Rule | None = None) -> Bool[Tensor, "B S S"]:
-    """The whole mask of a rule, which is `sees` unless told. For the CPU and for tests: it has S x S entries."""
-    return mask_rows(grid, slice(None), rule=rule or sees)
-
-
-def mask_rows(grid: Grid, queries: slice, *, rule: Rule) -> Bool[Tensor, "B q S"]:
-    """The mask's rows of some queries of every sequence."""
-    place = torch.arange(grid.kind_BS.shape[1], device=grid.kind_BS.device)
-    every = slice(None)
-    asking = Positions.of(grid, (every, queries, None), place=place[queries, None])
-    return rule(asking, Positions.of(grid, (every, None, every), place=place))
-
-
-def mask_entry(grid: Grid, rule: Rule) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The mask as FlexAttention asks for it: is this key of this row seen by this query, whatever the head?"""
-
-    def seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        del head
-        return rule(Positions.of(grid, (row, query), place=query), Positions.of(grid, (row, key), place=key))
-
-    return seen
-
-
 def sees(query: Positions, key: Positions) -> Bool[Tensor, ...]:
     """Each rule below in turn. Padding sees itself. Source: SEMANTICS, Mask."""
     return _with_private_keys(query, key, noised(key))
@@ -132,3 +109,26 @@ def own_or_start(query: Positions, key: Positions) -> Bool[Tensor, ...]:
 def seen_header(query: Positions, key: Positions) -> Bool[Tensor, ...]:
     """A blind header has not read its document: only blind positions (by the rule above, its own) see it."""
     return ~(key.blind & (key.kind == HEADER)) | query.blind
+
+
+def visible(grid: Grid, rule: Rule = sees) -> Bool[Tensor, "B S S"]:
+    """The whole mask of a rule, which is `sees` unless told. For the CPU and for tests: it has S x S entries."""
+    return mask_rows(grid, slice(None), rule=rule)
+
+
+def mask_rows(grid: Grid, queries: slice, *, rule: Rule) -> Bool[Tensor, "B q S"]:
+    """The mask's rows of some queries of every sequence."""
+    place = torch.arange(grid.kind_BS.shape[1], device=grid.kind_BS.device)
+    every = slice(None)
+    asking = Positions.of(grid, (every, queries, None), place=place[queries, None])
+    return rule(asking, Positions.of(grid, (every, None, every), place=place))
+
+
+def mask_entry(grid: Grid, rule: Rule) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The mask as FlexAttention asks for it: is this key of this row seen by this query, whatever the head?"""
+
+    def seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        del head
+        return rule(Positions.of(grid, (row, query), place=query), Positions.of(grid, (row, key), place=key))
+
+    return seen

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from matformer.config.schema import AttoConfig, ParallelConfig
 from matformer.hosts.megatron_layer import transformer_config
 from matformer.hosts.megatron_on_cpu import importing_megatron
+from matformer.layers.attention import with_equal_heads
 
 with importing_megatron():
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -43,7 +44,6 @@ class TorchCausal(nn.Module):
 
     def __init__(self, config: TransformerConfig, **_: object) -> None:
         super().__init__()
-        self.groups = config.num_attention_heads // (config.num_query_groups or config.num_attention_heads)
 
     def forward(
         self,
@@ -53,7 +53,7 @@ class TorchCausal(nn.Module):
         *_: object,
         **__: object,
     ) -> Float[Tensor, "S B AK"]:
-        key, value = (x.repeat_interleave(self.groups, dim=2) for x in (key, value))
+        key, value = with_equal_heads(query, key, value)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         return F.scaled_dot_product_attention(query, key, value, is_causal=True).permute(2, 0, 1, 3).flatten(2)
 

@@ -19,6 +19,12 @@ def segment_lengths(segment_U: Int[Tensor, " U"], *, num_segments: int) -> Int[T
     return segment_U.new_zeros(num_segments).index_add(0, segment_U, one_U)
 
 
+def segment_firsts(segment_U: Int[Tensor, " U"], *, num_segments: int) -> Int[Tensor, " segments"]:
+    """The first row of each segment; segments are runs in ascending order."""
+    length = segment_lengths(segment_U, num_segments=num_segments)
+    return length.cumsum(0) - length
+
+
 def segment_sum(x_U: Float[Tensor, "U ..."], segment_U: Int[Tensor, " U"], *, num_segments: int) -> Tensor:
     """`[num_segments, ...]`: the sum of each segment's rows; an empty segment gives zeros."""
     return x_U.new_zeros(num_segments, *x_U.shape[1:]).index_add(0, segment_U, x_U)

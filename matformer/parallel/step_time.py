@@ -100,6 +100,12 @@ def _rate(width: float, device: DeviceConfig) -> float:
     return device.peak_tflops * 1e12 * device.achieved_share * width / (width + device.half_width)
 
 
+def _link(device: DeviceConfig, *, ranks: int) -> float:
+    """Bytes a second between ranks of which so many stand side by side: inside a node while they fit into one."""
+    inside = ranks <= device.devices_a_node
+    return (device.in_node_gb_s if inside else device.between_nodes_gb_s) * 1e9
+
+
 def _compute(config: RunConfig, counts: Counts, stage: Stage, device: DeviceConfig) -> float:
     """Seconds of one microbatch's products on a stage, both ways; each rank that holds it has its part of the units."""
     model, ranks = config.model, config.parallel.share_ranks
@@ -164,8 +170,7 @@ def _layer_calls(parallel: ParallelConfig) -> int:
 def _tensor_seconds(config: RunConfig, counts: Counts, stage: Stage, device: DeviceConfig) -> float:
     if config.parallel.tp == 1:
         return 0.0
-    inside = config.parallel.tp <= device.devices_a_node
-    rate = (device.in_node_gb_s if inside else device.between_nodes_gb_s) * 1e9
+    rate = _link(device, ranks=config.parallel.tp)
     calls = _layer_calls(config.parallel)
     return stage.layers * (_layer_bytes(config, counts) / rate + calls * device.latency_us * 1e-6)
 
@@ -189,8 +194,7 @@ def _exchanges(parallel: ParallelConfig) -> int:
 def _context_seconds(config: RunConfig, counts: Counts, stage: Stage, device: DeviceConfig) -> float:
     if config.parallel.cp == 1:
         return 0.0
-    inside = config.parallel.share_ranks <= device.devices_a_node
-    rate = (device.in_node_gb_s if inside else device.between_nodes_gb_s) * 1e9
+    rate = _link(device, ranks=config.parallel.share_ranks)
     latency = _exchanges(config.parallel) * device.latency_us * 1e-6
     return stage.layers * (_exchanged_bytes(config, counts) / rate + latency)
 
@@ -201,8 +205,7 @@ def _pipeline_seconds(config: RunConfig, counts: Counts, device: DeviceConfig) -
     if parallel.pp == 1:
         return 0.0
     sent = _boundary(config, counts) / (parallel.tp if parallel.sequence_parallel else 1)
-    inside = parallel.ranks <= device.devices_a_node
-    rate = (device.in_node_gb_s if inside else device.between_nodes_gb_s) * 1e9
+    rate = _link(device, ranks=parallel.ranks)
     return 2 * parallel.virtual_stages * (sent / rate + device.latency_us * 1e-6)
 
 
@@ -231,8 +234,7 @@ def _data_seconds(config: RunConfig, stage: Stage, device: DeviceConfig) -> floa
     parallel = config.parallel
     if parallel.reduce_ranks == 1:
         return 0.0
-    inside = parallel.ranks <= device.devices_a_node
-    rate = (device.in_node_gb_s if inside else device.between_nodes_gb_s) * 1e9
+    rate = _link(device, ranks=parallel.ranks)
     number = parameters_of_stage(config.model, stage, tp=parallel.tp)
     calls = 2 * ceil(number / LARGEST_BUCKET) * (1 if parallel.zero_stage == 1 else config.microbatches)
     if parallel.zero_stage == 3:  # every matrix of a layer by itself, both ways

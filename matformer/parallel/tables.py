@@ -19,22 +19,7 @@ Row = tuple[str, ...]
 PARTS_HEAD: Row = ("part", "parameters", "FLOPs", "of all", "units a sequence", "FLOPs a unit")
 MANY = {"patch": "patches"}
 AS_FAST = 1.01  # steps that differ by less are equal: no expectation is that good
-LAYOUTS_HEAD: Row = (
-    *(
-        "tp",
-        "cp",
-        "pp x stages",
-        "dp",
-        "ZeRO",
-        "recompute",
-        "microbatch",
-        "memory",
-        "bubble",
-        "step",
-        "MFU",
-        "latents/s",
-    ),
-)
+LAYOUTS_HEAD: Row = tuple("tp,cp,pp x stages,dp,ZeRO,recompute,microbatch,memory,bubble,step,MFU,latents/s".split(","))
 
 
 def parts_rows(config: RunConfig, guess: Guess) -> list[Row]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from matformer.layers.local_attention import LocalBlock, local_view
 from matformer.layers.ngrams import NgramEmbedding, NgramSettings
 from matformer.layers.norm import RMSNorm
-from matformer.layers.segments import segment_lengths, segment_max, segment_mean, segment_softmax_sum
+from matformer.layers.segments import segment_firsts, segment_max, segment_mean, segment_softmax_sum
 from matformer.parcels import TextUnits
 from matformer.preludio.base import Preludio
 from matformer.shapes import BEGIN, NUM_SYMBOLS
@@ -128,8 +128,7 @@ def blt_numbers(symbol_U: Int[Tensor, " U"]) -> Int[Tensor, " U"]:
 
 def _place_in_patch(patch_U: Int[Tensor, " U"], num_patches: int) -> Int[Tensor, " U"]:
     """0, 1, 2, ... inside each patch; patches are contiguous runs in ascending order."""
-    length_P = segment_lengths(patch_U, num_segments=num_patches)
-    first_P = length_P.cumsum(0) - length_P
+    first_P = segment_firsts(patch_U, num_segments=num_patches)
     return torch.arange(patch_U.numel(), device=patch_U.device) - first_P[patch_U]
 
 

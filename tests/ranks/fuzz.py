@@ -25,7 +25,7 @@ DEGREES = {"tp": (1, 1, 2, 2, 4), "cp": (1, 1, 2), "pp": (1, 1, 2, 2, 4), "dp": 
 # AdamW's with eps 1e-5 turns a gradient's rounding, 1e-7 of the tensor's largest, into about lr / 100 of a weight.
 RATES = {"adamw": 3e-4, "sgd": 1e-3}
 MOST_RANKS = 8
-ROW = 80  # latents; what is drawn takes at most some 60
+ROW = 80  # latents; 60 trials of seed 0 take at most 49
 MOST_DRAWS = 1000
 
 TEXTS = ("own", "own", "blt", "masked_diffusion", "block_diffusion")

@@ -36,7 +36,7 @@ import torch
 from common import cpu_seconds, finish, in_turn, ratios, shown
 from rich.console import Console
 from rich.table import Table
-from synthetic import batch_of, packed_rows
+from synthetic import batches_of
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn import functional
@@ -147,16 +147,6 @@ def real_batches(config: RunConfig, count: int) -> list[Batch]:
     """Those that training would read first. Raises DataError where the data are not there."""
     loader = Loader(config, prefetch=False)
     return [loader.next_global_batch(step)[0] for step in range(count)]
-
-
-def made_batches(config: RunConfig, count: int) -> list[Batch]:
-    """As many, of random numbers."""
-    model, length, rows = config.model, config.data.sequence_latents, config.train.micro_batch
-    found = packed_rows(model, rows=rows * count, length=length, seed=config.seed)
-    return [
-        batch_of(model, found[rows * one : rows * (one + 1)], length=length, step=one, seed=config.seed)
-        for one in range(count)
-    ]
 
 
 def model_of(config: RunConfig) -> Matformer:
@@ -364,7 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if asked.backend == "inductor":
             require_a_compiler()
         config = load_run(asked.config, asked.overrides)
-        batches = (made_batches if asked.made else real_batches)(config, asked.batches)
+        batches = batches_of(config, count=asked.batches) if asked.made else real_batches(config, asked.batches)
     except MatformerError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code

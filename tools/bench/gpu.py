@@ -28,7 +28,7 @@ import torch
 from common import finish
 from rich.console import Console
 from rich.table import Table
-from synthetic import Mixture, batch_of, packed_rows
+from synthetic import Mixture, batches_of
 from torch import Tensor, nn
 
 from matformer.config.load import load_run
@@ -107,16 +107,6 @@ def run_of(asked: argparse.Namespace) -> RunConfig:
     return config.model_copy(update={"train": config.train.model_copy(update={"global_batch": rows})})
 
 
-def batches_of(config: RunConfig, mixture: Mixture, *, count: int) -> list[Batch]:
-    """Microbatches of the config's size, each different."""
-    length, rows = config.data.sequence_latents, config.train.micro_batch
-    found = packed_rows(config.model, rows=rows * count, length=length, mixture=mixture, seed=config.seed)
-    return [
-        batch_of(config.model, found[rows * one : rows * (one + 1)], length=length, step=one, seed=config.seed)
-        for one in range(count)
-    ]
-
-
 def flops_of(config: RunConfig, batches: Sequence[Batch]) -> dict[str, Flops]:
     """By part, of all these batches, under their masks."""
     found: dict[str, Flops] = {}
@@ -183,7 +173,7 @@ def whole_steps(clock: Clock, host: Host, config: RunConfig, *, peak: float) -> 
 
 
 def _steps(clock: Clock, host: Host, config: RunConfig, mixture: Mixture, *, peak: float) -> dict[str, Any]:
-    batches, done = batches_of(config, mixture, count=config.microbatches), 0
+    batches, done = batches_of(config, mixture=mixture, count=config.microbatches), 0
 
     def step() -> None:
         nonlocal done
@@ -260,7 +250,7 @@ def measured_parts(clock: Clock, host: Host, config: RunConfig, *, peak: float) 
     model = build_stages(host, config)
     assert isinstance(model, Matformer), "one rank holds the whole model"
     drawn(model.to(device=clock.device, dtype=dtype_of(config)))
-    batch = richest(batches_of(config, "mixed", count=8))
+    batch = richest(batches_of(config, mixture="mixed", count=8))
     flops = flops_by_part(config.model, counts_of(batch, config.model))
     works = parts_of(model, batch.to(clock.device), config, flops=flops)
     rows = [_part(clock, one, model, peak=peak) for one in works]
@@ -331,7 +321,7 @@ def measured_trunks(clock: Clock, host: Host, config: RunConfig, *, peak: float)
 
 
 def _our_trunk(clock: Clock, model: Matformer, config: RunConfig, mixture: Mixture, *, peak: float) -> dict[str, Any]:
-    batch = batches_of(config, mixture, count=1)[0]
+    batch = batches_of(config, mixture=mixture, count=1)[0]
     flops = flops_by_part(config.model, counts_of(batch, config.model))["atto"].total
     there = batch.to(clock.device)
     view = model.view(there)
@@ -427,7 +417,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     peak = asked.peak_tflops * 1e12
     plans = {
-        mixture: expected(config, batches_of(config, mixture, count=config.microbatches), peak=peak)
+        mixture: expected(config, batches_of(config, mixture=mixture, count=config.microbatches), peak=peak)
         for mixture in MIXTURES
     }
     for mixture, found in plans.items():

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from matformer.config.schema import ModelConfig
+from matformer.config.schema import ModelConfig, RunConfig
 from matformer.data.packing import Piece, Place, cut, document_positions, draw_training_noise, pack_batch
 from matformer.data.patching import StaticPatcher
 from matformer.data.sources import Document, Role, media_span, merge_spans
@@ -74,6 +74,16 @@ def _filling(key: str, room: int, model: ModelConfig, *, dice: np.random.Generat
 def _without_media(model: ModelConfig) -> ModelConfig:
     """Its documents hold text alone; packed for the whole model still."""
     return model.model_copy(update={"media": {}})
+
+
+def batches_of(config: RunConfig, *, count: int, mixture: Mixture = "mixed") -> list[Batch]:
+    """Microbatches of the config's size, each different."""
+    model, length, rows = config.model, config.data.sequence_latents, config.train.micro_batch
+    found = packed_rows(model, rows=rows * count, length=length, mixture=mixture, seed=config.seed)
+    return [
+        batch_of(model, found[rows * one : rows * (one + 1)], length=length, step=one, seed=config.seed)
+        for one in range(count)
+    ]
 
 
 def batch_of(
