@@ -62,8 +62,8 @@ def assert_holds(seen: Sequence[dict[str, Arrays]], expected: dict[str, Arrays])
 
 @pytest.mark.parametrize(
     ("writer", "readers"),
-    [(TP2, [TP2, DP2, ZERO3, PP2, CP2]), (PP2, [TP2, ZERO2]), (ZERO3, [ZERO3, TP2])],
-    ids=["tp2", "pp2", "zero3"],
+    [(TP2, [TP2, DP2, ZERO3, PP2, CP2]), (PP2, [TP2, ZERO2]), (ZERO3, [ZERO3, TP2]), (CP2, [ZERO2])],
+    ids=["tp2", "pp2", "zero3", "cp2"],
 )
 def test_what_a_layout_writes_any_other_reads_bit_for_bit(
     writer: Mapping[str, Any], readers: list[Mapping[str, Any]], world: World, tmp_path: Path

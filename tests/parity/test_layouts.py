@@ -201,7 +201,7 @@ def test_diffused_text_is_the_same_run_too(name: str, objective: str, world: Wor
     [
         "tp2 sequence parallel",
         "dp2 zero2",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("tp2 zero2", "dp2", "tp2 dp2")),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("tp2 zero2", "dp2", "tp2 dp2", "tp2 cp2")),
     ],
 )
 def test_the_losses_gradients_have_the_cosines_of_one_rank_and_leave_no_trace(

@@ -127,9 +127,12 @@ def test_flex_attention_is_attention_under_the_mask(rule: Rule, heads: tuple[int
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch's compiler needs g++ on a CPU")
-def test_the_compiler_takes_the_rule_and_compiles_once_for_all_microbatches() -> None:
+def test_the_compiler_takes_the_rule_and_compiles_once_for_all_microbatches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_attention, "BLOCK", 128)  # as in the other process
     documents = mixed_documents()
-    grids = [packed([documents[n : n + 3], documents[n + 1 : n + 4]], length=LENGTH).grid for n in range(3)]
+    long = document("long", b"word " * 240)  # of three blocks and more: one is seen whole
+    grids = [packed([[long], documents[n : n + 3]], length=4 * 128 + 7).grid for n in range(3)]
+    assert all(blocks_of_rule(grid, sees).mask.full_kv_num_blocks.any() for grid in grids)  # pyright: ignore
     with Ranks(1) as ranks:
         ((apart, graphs),) = ranks.run(compiled_apart_from_dense, grids, sees, (4, 2), limit_seconds=300.0)
     assert apart < 1e-5 and graphs == 1
