@@ -28,12 +28,11 @@ from matformer.hosts.base import (
     parameter_groups,
     read_shaped,
 )
-from matformer.hosts.layout import Layout, layouts, shape_of, to_global, to_local
+from matformer.hosts.layout import Layout, drawn, layouts, shape_of, to_global, to_local
 from matformer.hosts.megatron import MegatronTrunk, run_schedule
 from matformer.hosts.megatron_groups import ModelParallelUnit, build_groups
 from matformer.hosts.plain import added
 from matformer.hosts.replicated import ReplicatedWeights
-from matformer.layers.initialise import initial_value
 from matformer.layers.modulation import position_times
 from matformer.parallel.shares import share_out
 from matformer.parcels import Batch
@@ -61,8 +60,9 @@ class MegatronHost(Host):
 
     def prepare(self, model: nn.Module) -> None:
         self.lay_out(model)
+        seed, depth = self.config.seed, self.config.model.atto.layers
         for name, parameter in model.named_parameters():
-            parameter.data.copy_(to_local(self._drawn(name), self.layouts[name], groups=self.groups))
+            parameter.data.copy_(drawn(self.layouts[name], groups=self.groups, seed=seed, depth=depth))
             sharded = any(piece.dim is not None for piece in self.layouts[name].pieces)
             parameter.tensor_model_parallel = sharded  # pyright: ignore - DeepSpeed counts whole ones once in the norm
         groups = parameter_groups(model, weight_decay=self.config.train.weight_decay)
@@ -94,13 +94,6 @@ class MegatronHost(Host):
         if self.replicated is None or self.config.parallel.zero_stage == 3:
             return nullcontext()
         return self.replicated.summed()
-
-    def _drawn(self, name: str) -> dict[str, Tensor]:
-        depth, seed, tp_size = self.config.model.atto.layers, self.config.seed, self.groups.tp_size
-        return {
-            piece.name: initial_value(piece.name, piece.global_shape(tp_size), seed=seed, depth=depth)
-            for piece in self.layouts[name].pieces
-        }
 
     def train_step(self, batches: Sequence[Batch], *, objective: Objective, lr: float) -> StepResult:
         batches = self._here(batches)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from matformer.config.schema import AttoConfig
+from matformer.layers.initialise import initial_value
 from matformer.parallel.groups import Groups
 
 
@@ -164,3 +165,12 @@ def to_local(tensors: Mapping[str, Tensor], layout: Layout, *, groups: Groups) -
             tensor = tensor.chunk(groups.tp_size, dim=piece.dim)[groups.tp_rank]
         parts.append(tensor)
     return layout.join(tuple(parts))
+
+
+def drawn(layout: Layout, *, groups: Groups, seed: int, depth: int) -> Tensor:
+    """This rank's tensor as a run draws it, each piece by its global name. depth: layers of the Atto."""
+    pieces = {
+        piece.name: initial_value(piece.name, piece.global_shape(groups.tp_size), seed=seed, depth=depth)
+        for piece in layout.pieces
+    }
+    return to_local(pieces, layout, groups=groups)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "bench"))  # tools 
 import growth as bench
 
 from matformer.engine.step import optimizer_step
+from tests.benches import run_bench
 from tests.made import mixed_documents, one_a_row, plain_host, tiny_run
 from tests.ranks import growth
 from tests.ranks.launcher import Ranks
@@ -45,15 +43,8 @@ def test_adamw_leaves_no_objects_behind(kind: str) -> None:
 
 def test_a_row_for_each_optimizer(project: Path) -> None:
     """The script, in a process of its own, as DTensors join a world."""
-    end = subprocess.run(
-        [sys.executable, "tools/bench/growth.py", "--steps", "10", "--tensors", "2", "--json"],
-        cwd=project,
-        env=os.environ | {"PYTHONPATH": str(project)},
-        capture_output=True,
-        text=True,
-    )
-    assert end.returncode == 0, end.stderr
-    rows = json.loads(end.stdout.splitlines()[-1])["cases"]
+    _, found = run_bench("growth", "--steps", "10", "--tensors", "2", project=project)
+    rows = found["cases"]
     assert [(row["on"], row["optimizer"]) for row in rows] == [
         (on, kind) for on in bench.PLACES for kind in bench.KINDS
     ]

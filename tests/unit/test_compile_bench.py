@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "bench"))  # tools 
 
 import compile as bench
 
+from tests.benches import run_bench
 from tests.made import plain_host, tiny_run, with_both, with_images
 
 BATCHES = [with_both(0), with_images(1), with_both(0)]
@@ -43,15 +42,8 @@ def test_plain_operations_give_the_same_numbers(units: dict[str, Any]) -> None:
 def test_a_new_shape_is_a_new_graph(project: Path) -> None:
     """In a process of its own: here every shape is checked, and dynamo would trace the checks."""
     asked = ["--made", "--backend", "eager", "--units", "coda/image", "atto layer", "--batches", "3", "--rounds", "1"]
-    end = subprocess.run(
-        [sys.executable, "tools/bench/compile.py", *asked, "--ways", "plain operations", "--json"],
-        cwd=project,
-        env=os.environ | {"PYTHONPATH": str(project)},
-        capture_output=True,
-        text=True,
-    )
-    assert end.returncode == 0, end.stderr
-    coda, layer = json.loads(end.stdout.splitlines()[-1])["units"]
+    _, found = run_bench("compile", *asked, "--ways", "plain operations", project=project)
+    coda, layer = found["units"]
     assert coda["graphs"] == coda["buckets"][0]["shapes"] > 1 == coda["graphs_first"] == layer["graphs"]
     assert coda["graph_breaks"] == layer["graph_breaks"] == 0
     assert coda["eager_cpu_s"] > 0 and coda["compiled_cpu_s"] > 0

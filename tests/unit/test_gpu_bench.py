@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,21 +16,14 @@ import synthetic
 
 from matformer.data.counts import counts_of
 from matformer.parcels import Kind
+from tests.benches import run_bench
 from tests.made import MODEL
 
 
 def test_every_measurement_runs(project: Path) -> None:
     """In a process of its own, as the host joins a world."""
-    asked = ["--small", "--device", "cpu", "--microbatches", "2", "--steps", "1", "--json"]
-    end = subprocess.run(
-        [sys.executable, "tools/bench/gpu.py", *asked],
-        cwd=project,
-        env=os.environ | {"PYTHONPATH": str(project)},
-        capture_output=True,
-        text=True,
-    )
-    assert end.returncode == 0, end.stderr
-    found = json.loads(end.stdout.splitlines()[-1])
+    asked = ["--small", "--device", "cpu", "--microbatches", "2", "--steps", "1"]
+    _, found = run_bench("gpu", *asked, project=project)
     steps, parts = found["steps"], {row["part"]: row for row in found["parts"]}
     assert [row["mixture"] for row in steps] == ["mixed", "text"]
     assert all(row["flops"] == found["expected"][row["mixture"]]["flops"] for row in steps)

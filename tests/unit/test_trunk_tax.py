@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from tests.benches import run_bench
 
 
 def test_a_row_for_each_shape(project: Path) -> None:
-    asked = ["--shapes", "64x48", "128x64", "--layers", "1", "--steps", "1", "--json"]
-    end = subprocess.run(
-        [sys.executable, "tools/bench/trunk_tax.py", *asked],
-        cwd=project,
-        env=os.environ | {"PYTHONPATH": str(project)},
-        capture_output=True,
-        text=True,
-    )
-    assert end.returncode == 0, end.stderr
-    rows = json.loads(end.stdout.splitlines()[-1])["cases"]
+    asked = ["--shapes", "64x48", "128x64", "--layers", "1", "--steps", "1"]
+    printed, found = run_bench("trunk_tax", *asked, project=project)
+    rows = found["cases"]
     assert [(row["width"], row["latents"]) for row in rows] == [(64, 48), (128, 64)]
     assert all(row["hosted_cpu_s"] > 0 and row["plain_cpu_s"] > 0 and row["ratio"] > 0 for row in rows)
-    assert "µs a layer" in end.stdout
+    assert "µs a layer" in printed

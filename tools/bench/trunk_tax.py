@@ -28,12 +28,11 @@ from matformer.atto.trunk import atto_view
 from matformer.config.load import load_run
 from matformer.config.schema import AttoConfig, ModelConfig, ParallelConfig
 from matformer.hosts.base import Trunk
-from matformer.hosts.layout import layouts, to_local
+from matformer.hosts.layout import drawn, layouts
 from matformer.hosts.megatron import MegatronTrunk
 from matformer.hosts.megatron_groups import build_groups
 from matformer.hosts.plain import PlainTrunk
 from matformer.layers.attention import AttoView
-from matformer.layers.initialise import initial_value
 from matformer.parallel.groups import Groups
 from matformer.parallel.process import settle
 
@@ -86,11 +85,7 @@ def trunks(atto: AttoConfig) -> dict[str, Trunk]:
         named = nn.ModuleDict({"atto": trunk})  # as a model names its trunk
         laid = layouts(named, atto=atto, first_layers=[0])
         for name, parameter in named.named_parameters():
-            drawn = {
-                piece.name: initial_value(piece.name, piece.global_shape(1), seed=0, depth=atto.layers)
-                for piece in laid[name].pieces
-            }
-            parameter.copy_(to_local(drawn, laid[name], groups=Groups()))
+            parameter.copy_(drawn(laid[name], groups=Groups(), seed=0, depth=atto.layers))
     return found
 
 
