@@ -82,17 +82,25 @@ class ChannelSums:
         self.count = 0
         self.total, self.square = np.zeros(channels), np.zeros(channels)
         self.least, self.most = np.full(channels, np.inf), np.full(channels, -np.inf)
+        self.noise: np.ndarray | None = None
 
-    def add(self, mean: np.ndarray) -> None:
-        """A latent [C, *grid] as it is stored."""
+    def add(self, moments: np.ndarray) -> None:
+        """A latent as it is stored: its mean [C, *grid], or the log-variance behind it [2C, *grid]."""
+        mean, logvar = moments[: len(self.total)], moments[len(self.total) :]
         cells = mean.reshape(len(mean), -1).astype(np.float64)
         self.count += cells.shape[1]
         self.total += cells.sum(1)
         self.square += np.einsum("cn,cn->c", cells, cells)
         self.least, self.most = np.minimum(self.least, cells.min(1)), np.maximum(self.most, cells.max(1))
+        if len(logvar):
+            drawn = np.exp(logvar.reshape(len(mean), -1).astype(np.float64)).sum(1)
+            self.noise = drawn if self.noise is None else self.noise + drawn
 
     def manifest(self) -> dict[str, Any]:
-        """A shift a channel, and one scale that makes the mean variance 1. Raises DataError if nothing varies."""
+        """A shift a channel, and one scale that makes the means' mean variance 1. Raises DataError if nothing varies.
+
+        channel_noise: the mean of the variances stored beside the means, where there are any.
+        """
         mean = self.total / max(self.count, 1)
         variance = np.maximum(self.square / max(self.count, 1) - mean**2, 0)
         if not variance.mean() > 0:
@@ -105,6 +113,7 @@ class ChannelSums:
             "channel_variance": variance.tolist(),
             "channel_min": self.least.tolist(),
             "channel_max": self.most.tolist(),
+            **({} if self.noise is None else {"channel_noise": (self.noise / self.count).tolist()}),
         }
 
 
@@ -304,7 +313,7 @@ def merge(
                     cells=int(np.prod(facts["bucket"])), **{_language(text): 1 for text in facts["texts"]}
                 )
                 if split == "train":
-                    sums.add(reader.array(i, "moments.npy")[:channels])
+                    sums.add(reader.array(i, "moments.npy"))
         for split in SPLITS:
             if not keys[split]:
                 raise DataError(

@@ -142,6 +142,17 @@ class MediaConfig(Section):
         default=None,
         description="of each channel, normalised; for `precondition: channel`, from the data set's manifest if absent",
     )
+    normalisation: Literal["one_scale", "per_channel"] = Field(
+        default="one_scale",
+        description="of latents, from the data set's manifest: a shift a channel and one scale that makes their mean "
+        "variance 1, or a scale a channel, which tells the loss that all channels weigh the same",
+    )
+    latent_noise: str = Field(
+        default="moments",
+        pattern=r"^(moments|none|fixed:([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?)$",
+        description="drawn onto a latent each time it is read: moments, from the log-variance stored beside its mean "
+        "(a deterministic autoencoder's have none: nothing); none; or fixed:0.1, of this deviation, normalised",
+    )
     precondition: Literal["channel", "unit", "none"] = Field(
         default="channel",
         description="scales around the network: by each channel's variance, as if all were 1, or no scales at all",
@@ -165,6 +176,12 @@ class MediaConfig(Section):
     budget: BudgetConfig | None = Field(
         default=None, description="of clean copies: given spans, and what follows a generated one; none: every patch"
     )
+
+    @property
+    def fixed_noise(self) -> float:
+        """The deviation of `latent_noise: fixed:...`, normalised; 0 under the others."""
+        kind, _, deviation = self.latent_noise.partition(":")
+        return float(deviation) if kind == "fixed" else 0.0
 
     def grid(self, bucket: int) -> tuple[int, ...]:
         """Patches along each axis of a shape bucket."""

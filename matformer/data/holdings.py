@@ -42,3 +42,17 @@ def scored_sources(data: DataConfig, modality: str) -> list[str]:
         for name, one in data.sources.items()
         if one.form == "documents" and latents_of(manifest_of(data, name), modality) is not None
     ]
+
+
+def latents_of_run(data: DataConfig, modality: str) -> tuple[str, Mapping[str, Any]] | None:
+    """The first source that holds latents of a modality, scored ones before others, and what its manifest says of them.
+
+    It speaks for all sources of the run: a latent is one thing to the model, whichever data set it comes from. None if
+    none holds any. Raises DataError if a manifest cannot be read.
+    """
+    may = [name for name, one in data.sources.items() if one.form != "text" and one.modality in (None, modality)]
+    for source in (*scored_sources(data, modality), *may):
+        latents = latents_of(manifest_of(data, source), modality)
+        if latents is not None:
+            return source, latents
+    return None

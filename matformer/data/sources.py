@@ -6,7 +6,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ import torch
 
 from matformer.config.schema import DataConfig, MediaConfig, ModelConfig, SourceConfig
 from matformer.data.coders import check_accepted, coders_of
-from matformer.data.holdings import latents_of
+from matformer.data.latents import Normalisation, read_latent
 from matformer.data.patching import Patcher, build_patcher, text_symbols
 from matformer.data.shards import ShardReader
 from matformer.errors import DataError
@@ -213,11 +213,6 @@ class TextSource(Source):
         return self._starts[block]
 
 
-def latent_mean(moments: np.ndarray, manifest: Mapping[str, Any]) -> np.ndarray:
-    """The mean of a stored latent [C, *grid]; data sets of kind `moments` hold the log-variance behind it."""
-    return moments[: len(moments) // 2] if manifest.get("kind") == "moments" else moments
-
-
 class MediaSource(Source):
     """What the forms with latents share: one key a document."""
 
@@ -225,6 +220,8 @@ class MediaSource(Source):
         super().__init__(name, config, data=data, model=model, split=split)
         for coder in coders_of(self.reader.manifest).values():
             check_accepted(coder, where=self.reader.folder)
+        self.data = data
+        self._normalisations: dict[str, Normalisation] = {}
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -236,29 +233,20 @@ class MediaSource(Source):
     def _key(self, index: int) -> str:
         return f"{self.name}/{self.reader.key(index)}"
 
-    def _span(self, index: int, member: str, *, modality: str, role: Role) -> MediaSpan:
+    def _span(
+        self, index: int, member: str, *, modality: str, role: Role, draws: np.random.Generator
+    ) -> MediaSpan:  # fmt: skip
         if modality not in self.model.media:
             raise DataError(
                 f"modality of {self._key(index)} must be one of {list(self.model.media)}, got {modality!r}; "
                 f"set model.media or data.sources.{self.name}"
             )
-        mean = latent_mean(self.reader.array(index, member), self.reader.manifest).astype(np.float32)
-        latents = latents_of(self.reader.manifest, modality)
-        if latents is None:
-            raise DataError(
-                f"the manifest of {self.reader.folder} must say how latents of {modality} are normalised, got nothing; "
-                "prepare the data again"
-            )
-        shift = np.asarray(latents["shift"], np.float32)
-        if len(shift) != len(mean):
-            raise DataError(
-                f"a latent must have the {len(shift)} channels of its manifest, got {len(mean)} in "
-                f"{self.reader.where(index, member)}; "
-                "prepare the data again"
-            )
-        normalised = (mean - shift.reshape(-1, *[1] * (mean.ndim - 1))) * np.float32(latents["scale"])
-        where = self.reader.where(index, member)
-        return media_span(normalised, modality, media=self.model.media[modality], role=role, where=where)
+        media = self.model.media[modality]
+        if modality not in self._normalisations:
+            self._normalisations[modality] = Normalisation.of(self.data, modality, media=media)
+        known = self._normalisations[modality]
+        latent = read_latent(self.reader, (index, member), normalisation=known, media=media, draws=draws)
+        return media_span(latent, modality, media=media, role=role, where=self.reader.where(index, member))
 
 
 class PairSource(MediaSource):
@@ -275,22 +263,23 @@ class PairSource(MediaSource):
             if not spans[0]:
                 raise DataError(f"a document must hold text, got none in {self._key(index)}; prepare the data again")
         if self.config.shows != "caption":
-            spans.append(self._medium(index, modality=self.config.modality or facts["modality"], role=role))
+            modality = self.config.modality or facts["modality"]
+            spans.append(self._medium(index, modality=modality, role=role, draws=draws))
         return Document(self._key(index), merge_spans(spans if role == "generate" else spans[::-1], self.patcher))
 
-    def _medium(self, index: int, *, modality: str, role: Role) -> MediaSpan:
+    def _medium(self, index: int, *, modality: str, role: Role, draws: np.random.Generator) -> MediaSpan:
         """A pair's medium; under `noised_tree: shuffled` its noised copy is in another's tree."""
-        span = self._span(index, "moments.npy", modality=modality, role=role)
+        span = self._span(index, "moments.npy", modality=modality, role=role, draws=draws)
         budget = self.model.media[modality].budget
         if role == "generate" and budget is not None and budget.noised_tree == "shuffled":
-            return replace(span, noised_tree=self._other(index, span).tree)
+            return replace(span, noised_tree=self._other(index, span, draws=draws).tree)
         return span
 
-    def _other(self, index: int, span: MediaSpan) -> MediaSpan:
+    def _other(self, index: int, span: MediaSpan, *, draws: np.random.Generator) -> MediaSpan:
         """Another document's medium of the same shape, from half the data set away (neighbours are variants of one)."""
         for step in range(len(self)):
             other = (index + len(self) // 2 + step) % len(self)
-            found = self._span(other, "moments.npy", modality=span.modality, role=span.role)
+            found = self._span(other, "moments.npy", modality=span.modality, role=span.role, draws=draws)
             if other != index and found.bucket == span.bucket:
                 return found
         raise DataError(
@@ -310,16 +299,19 @@ class DocumentSource(MediaSource):
 
     def document(self, index: int, *, draws: np.random.Generator, direction: Role | None = None) -> Document:
         """See Source."""
-        spans = [self._part(index, part, direction=direction) for part in self._json(index)["spans"]]
+        spans = [self._part(index, part, direction=direction, draws=draws) for part in self._json(index)["spans"]]
         merged = merge_spans(spans, self.patcher)
         if not any(isinstance(span, TextSpan) for span in merged):
             raise DataError(f"a document must hold text, got none in {self._key(index)}; prepare the data again")
         return Document(self._key(index), merged)
 
-    def _part(self, index: int, part: dict[str, Any], *, direction: Role | None) -> bytes | MediaSpan:
+    def _part(
+        self, index: int, part: dict[str, Any], *, direction: Role | None, draws: np.random.Generator
+    ) -> bytes | MediaSpan:
         if "text" in part:
             return part["text"].encode()
-        return self._span(index, part["member"], modality=part["modality"], role=direction or part["role"])
+        role = direction or part["role"]
+        return self._span(index, part["member"], modality=part["modality"], role=role, draws=draws)
 
 
 _FORMS: dict[str, type[Source]] = {"text": TextSource, "pairs": PairSource, "documents": DocumentSource}

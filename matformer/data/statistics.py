@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from matformer.config.schema import DataConfig, MediaConfig, RunConfig
-from matformer.data.holdings import latents_of, manifest_of, scored_sources
-from matformer.errors import DataError
+from collections.abc import Mapping
+from typing import Any
 
-FLOOR = 1e-4
-"""Smallest variance of a channel, where the mean over channels is 1: what is smaller is scaled up no further."""
+import numpy as np
+from jaxtyping import Float
+
+from matformer.config.schema import DataConfig, MediaConfig, RunConfig
+from matformer.data.holdings import latents_of_run, scored_sources
+from matformer.data.latents import FLOOR, Normalisation
+from matformer.errors import DataError
 
 
 def with_statistics(config: RunConfig) -> RunConfig:
@@ -22,24 +26,28 @@ def with_statistics(config: RunConfig) -> RunConfig:
 def _known(name: str, media: MediaConfig, *, data: DataConfig) -> MediaConfig:
     if media.precondition != "channel" or media.channel_variance is not None:
         return media
-    for source in scored_sources(data, name):
-        variance = _variances(name, source, data=data)
-        if len(variance) != media.channels:
-            raise DataError(
-                f"latents of {name} must have model.media.{name}.channels = {media.channels} channels, got "
-                f"{len(variance)} in data.sources.{source}; change one of them"
-            )
-        return media.model_copy(update={"channel_variance": variance})
-    return media
-
-
-def _variances(modality: str, source: str, *, data: DataConfig) -> tuple[float, ...]:
-    """Of normalised channels, from a source's manifest."""
-    latents = latents_of(manifest_of(data, source), modality) or {}
-    try:
-        return tuple(max(FLOOR, value * latents["scale"] ** 2) for value in latents["channel_variance"])
-    except (KeyError, TypeError) as error:
+    scored = scored_sources(data, name)
+    if not scored:
+        return media
+    source, latents = latents_of_run(data, name) or (scored[0], {})
+    if "channel_variance" not in latents:
         raise DataError(
-            f"the manifest of data.sources.{source} must hold the latents' statistics of {modality}, got: {error!r}; "
-            "set data.root or prepare the data again"
-        ) from error
+            f"the manifest of data.sources.{source} must hold the latents' statistics of {name}, got no "
+            "channel_variance; set data.root or prepare the data again"
+        )
+    variance = _variance_as_read(latents, media=media, scale=Normalisation.of(data, name, media=media).scale)
+    if len(variance) != media.channels:
+        raise DataError(
+            f"latents of {name} must have model.media.{name}.channels = {media.channels} channels, got "
+            f"{len(variance)} in data.sources.{source}; change one of them"
+        )
+    return media.model_copy(update={"channel_variance": tuple(variance.tolist())})
+
+
+def _variance_as_read(
+    latents: Mapping[str, Any], *, media: MediaConfig, scale: Float[np.ndarray, " C"]
+) -> Float[np.ndarray, " C"]:
+    """Of the means, and of what is drawn onto them."""
+    drawn = latents.get("channel_noise", 0.0) if media.latent_noise == "moments" else 0.0
+    stored = np.asarray(latents["channel_variance"], np.float64) + np.asarray(drawn)
+    return np.maximum(FLOOR, stored * scale**2 + media.fixed_noise**2)

@@ -21,9 +21,10 @@ from jaxtyping import Float, Int
 
 from matformer.config.schema import RunConfig
 from matformer.data.holdings import latents_of, scored_sources
+from matformer.data.latents import Normalisation, read_latent
 from matformer.data.loader import heldout_documents
 from matformer.data.shards import ShardReader
-from matformer.data.sources import MediaSpan, TextSpan, latent_mean
+from matformer.data.sources import MediaSpan, TextSpan
 from matformer.errors import DataError
 from matformer.files import write_whole
 from matformer.parallel.seeds import generator
@@ -273,17 +274,16 @@ def _add_media(found: Baselines, config: RunConfig, *, modality: str, heldout: L
 
 
 def _train_latents(config: RunConfig, name: str, *, modality: str) -> Iterable[np.ndarray]:
-    """Normalised latents of the train split, at most MAX_TRAIN_LATENTS evenly spaced ones."""
-    source = config.data.sources[name]
+    """Normalised latents of the train split, drawn as a run draws them, at most MAX_TRAIN_LATENTS evenly spaced."""
+    source, media = config.data.sources[name], config.model.media[modality]
     reader = ShardReader(Path(config.data.root) / source.path / "train")
-    latents = latents_of(reader.manifest, modality)
-    if latents is None:
+    if latents_of(reader.manifest, modality) is None:
         return
-    shift, scale = np.asarray(latents["shift"], np.float32), np.float32(latents["scale"])
-    members = list(_members(reader, source.form, modality=modality))
-    for i, member in members[:: -(-len(members) // MAX_TRAIN_LATENTS)]:
-        mean = latent_mean(reader.array(i, member), reader.manifest).astype(np.float32)
-        yield (mean - shift.reshape(-1, *[1] * (mean.ndim - 1))) * scale
+    normalisation = Normalisation.of(config.data, modality, media=media)
+    places = list(_members(reader, source.form, modality=modality))
+    for place in places[:: -(-len(places) // MAX_TRAIN_LATENTS)]:
+        draws = generator(0, "baseline", name, *place)
+        yield read_latent(reader, place, normalisation=normalisation, media=media, draws=draws)
 
 
 def _members(reader: ShardReader, form: str, *, modality: str) -> Iterator[tuple[int, str]]:

@@ -19,6 +19,7 @@ from matformer.autoencoders import Autoencoder, load_autoencoder
 from matformer.config.schema import MediaConfig, RunConfig
 from matformer.data.coders import check_accepted, coders_of
 from matformer.data.holdings import latents_of, manifest_of
+from matformer.data.latents import Normalisation
 from matformer.data.sources import MediaSpan, media_span
 from matformer.engine.video_file import write_mp4
 from matformer.errors import ConfigError, DataError
@@ -39,22 +40,20 @@ class MediaCodec:
     modality: str
     media: MediaConfig
     autoencoder: Autoencoder
-    shift: Float[np.ndarray, " C"]
-    scale: float
+    normalisation: Normalisation
     fps: float = FPS
 
     @torch.no_grad()
     def decode(self, latent: Float[np.ndarray, "C ..."]) -> Tensor:
         """A normalised latent [C, *grid] -> the medium [c, *axes]."""
-        mean = latent / self.scale + self.shift.reshape(-1, *[1] * (latent.ndim - 1))
-        return self.autoencoder.decode(torch.from_numpy(mean.astype(np.float32))[None])[0]
+        mean = self.normalisation.inverse(latent).astype(np.float32)
+        return self.autoencoder.decode(torch.from_numpy(mean)[None])[0]
 
     @torch.no_grad()
     def encode(self, media: Tensor) -> MediaSpan:
         """The medium [c, *axes] -> a given span. Raises DataError where its grid is no shape bucket."""
         mean = self.autoencoder.encode(media[None]).mean[0].half().float().numpy()  # shards hold float16
-        latent = (mean - self.shift.reshape(-1, *[1] * (mean.ndim - 1))) * np.float32(self.scale)
-        return media_span(latent, self.modality, media=self.media, role="given")
+        return media_span(self.normalisation.forward(mean), self.modality, media=self.media, role="given")
 
     def axes(self, bucket: int) -> tuple[int, ...]:
         """Pixels or samples of the medium in a shape bucket."""
@@ -143,9 +142,9 @@ def load_codec(config: RunConfig, modality: str) -> MediaCodec:
         if latents and coder:
             check_accepted(coder, where=folder)
             autoencoder = load_autoencoder(Path(config.data.root) / coder["folder"], fingerprint=coder["fingerprint"])
-            shift = np.asarray(latents["shift"], np.float32)
-            fps = float(manifest.get("preparation", {}).get("fps", FPS))
-            return MediaCodec(modality, config.model.media[modality], autoencoder, shift, float(latents["scale"]), fps)
+            media, fps = config.model.media[modality], float(manifest.get("preparation", {}).get("fps", FPS))
+            normalisation = Normalisation.of(config.data, modality, media=media)
+            return MediaCodec(modality, media, autoencoder, normalisation, fps)
     raise DataError(
         f"a data set below {config.data.root} must hold {modality} and name its autoencoder, got none; "
         "set data.sources or prepare the data again"

@@ -75,7 +75,7 @@ def test_units_are_those_of_the_last_step(tmp_path: Path) -> None:
 def test_a_run_whose_config_was_filled_in_from_its_data_is_seen_to_be_finished(tmp_path: Path) -> None:
     manifest = tmp_path / "data" / "images" / "train" / "manifest.json"
     manifest.parent.mkdir(parents=True)
-    manifest.write_text(json.dumps({"latents": {"scale": 2.0, "channel_variance": [0.25] * 32}}))
+    manifest.write_text(json.dumps({"latents": {"shift": [0.0] * 32, "scale": 2.0, "channel_variance": [0.25] * 32}}))
     job = jobs.Job("image", 0, 4, interference.FOLDER / "image.yaml", tmp_path, (f"data.root={tmp_path / 'data'}",))
     job.folder.mkdir()
     config = with_statistics(load_run(job.config, job.keys))

@@ -161,6 +161,12 @@ def test_moments_or_means_of_diffusers_are_stored(name: str, buckets: str, pictu
     parts = [expected.mean] if expected.logvar is None else [expected.mean, expected.logvar]
     moments, _ = written(tmp_path / "out")["s07"]
     np.testing.assert_allclose(moments, torch.cat(parts, 1)[0].numpy(), rtol=2e-3, atol=2e-3)
+    train = ShardReader(tmp_path / "out" / "train")
+    variances = [np.exp(train.array(i, "moments.npy")[4:].astype("f8")).mean((1, 2)) for i in range(len(train))]
+    if stochastic:
+        np.testing.assert_allclose(manifest["latents"]["channel_noise"], np.mean(variances, 0), rtol=1e-9)
+    else:
+        assert "channel_noise" not in manifest["latents"]
 
 
 def test_log_variances_are_clamped_before_they_are_stored(pictures: Path, tmp_path: Path) -> None:

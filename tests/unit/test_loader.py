@@ -413,18 +413,6 @@ def test_latents_of_a_wrong_shape_or_not_finite_are_named_skipped_and_counted(
         run(Loader(config(tmp_path, sources=only, max_bad_samples=3), prefetch=False), range(4))
 
 
-def test_of_stored_moments_the_mean_is_read(tmp_path: Path) -> None:
-    extra = {"kind": "moments", "latents": {"shift": [1.0, -1.0], "scale": 2.0}}
-    with ShardWriter(tmp_path / "images" / "train", form="pairs", extra=extra) as writer:
-        facts = {"modality": "image", "key": "i", "texts": [{"lang": "en", "text": "a picture"}]}
-        latent = np.concatenate([np.full((2, 4, 4), 3), np.full((2, 4, 4), -9)]).astype(np.float16)
-        writer.add("i", {"moments.npy": npy(latent), "json": json.dumps(facts).encode()})
-    run_config = config(tmp_path)
-    spans = open_source("images", data=run_config.data, model=run_config.model, split="train").pick(0).spans
-    (span,) = [span for span in spans if isinstance(span, MediaSpan)]
-    assert (span.latent[0] == 4).all() and (span.latent[1] == 8).all()
-
-
 def coded(folder: Path, *, fingerprint: str, kind: str = "diffusers.AutoencoderKL", record: dict | None = None) -> None:
     """A data set of pictures by an autoencoder of this identity."""
     coder = {"kind": kind, "fingerprint": fingerprint} | ({"acceptance": record} if record else {})

@@ -15,21 +15,23 @@ from data_prep import pictures, speech
 from matformer.autoencoders import MDCTPCA, PatchPCA
 from matformer.autoencoders.patch_pca import to_signed
 from matformer.config.schema import MediaConfig
+from matformer.data.latents import Normalisation
 from matformer.engine.media import MediaCodec
 from matformer.errors import DataError
 
 DRAWS = np.random.default_rng(0)
+NORMALISATION = Normalisation(DRAWS.standard_normal(192), np.full(192, 0.5))
 
 
 def picture_codec() -> MediaCodec:
     media = MediaConfig(channels=192, rank=2, patch=2, buckets=((8, 8),), coda_width=8)
-    return MediaCodec("image", media, PatchPCA(factor=8, channels=192), DRAWS.standard_normal(192).astype("f4"), 0.5)
+    return MediaCodec("image", media, PatchPCA(factor=8, channels=192), NORMALISATION)
 
 
 def sound_codec() -> MediaCodec:
     media = MediaConfig(channels=8, rank=1, patch=4, buckets=((32,), (64,)), coda_width=8)
     autoencoder = MDCTPCA(hop=160, channels=8, sample_rate=8000)
-    return MediaCodec("audio", media, autoencoder, np.zeros(8, np.float32), 2.0)
+    return MediaCodec("audio", media, autoencoder, Normalisation(np.zeros(8), np.full(8, 2.0)))
 
 
 def test_a_picture_is_framed_as_the_data_and_comes_back(tmp_path: Path) -> None:
@@ -38,7 +40,7 @@ def test_a_picture_is_framed_as_the_data_and_comes_back(tmp_path: Path) -> None:
     framed = torch.from_numpy(pictures.framed(path.read_bytes()).copy()).movedim(2, 0)
     span = codec.read(path)
     latent = codec.autoencoder.encode(to_signed(framed[None])).mean[0].half().float().numpy()
-    assert np.allclose(span.latent, (latent - codec.shift[:, None, None]) * codec.scale, atol=1e-6)
+    assert np.allclose(span.latent, codec.normalisation.forward(latent), atol=1e-6)
     codec.write(tmp_path / "out.png", codec.decode(span.latent))
     back = np.asarray(Image.open(tmp_path / "out.png")).astype(int)
     assert np.abs(back - framed.movedim(0, 2).numpy().astype(int)).max() <= 1

@@ -97,7 +97,7 @@ def test_a_patch_names_its_variances_in_the_order_of_patchify() -> None:
 def pairs_at(root: Path, *, channels: int) -> DataConfig:
     folder = root / "pictures" / "train"
     folder.mkdir(parents=True)
-    latents = {"scale": 0.5, "channel_variance": [8.0, 0.0, 1.0][:channels]}
+    latents = {"shift": [0.0] * channels, "scale": 0.5, "channel_variance": [8.0, 0.0, 1.0][:channels]}
     (folder / "manifest.json").write_text(json.dumps({"latents": latents}))
     source = SourceConfig(path="pictures", form="pairs", modality="image", weight=1.0)
     return DataConfig(root=str(root), recipe=None, lanes=8, sequence_latents=48, sources={"pictures": source})
