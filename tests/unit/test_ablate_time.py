@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from matformer.engine.clean_errors import LOG_SNRS
@@ -39,7 +40,7 @@ def test_an_arm_differs_from_the_others_in_its_objective_and_conditioning_alone(
 
 
 def test_every_config_is_an_arm_or_their_base() -> None:
-    assert len(time_arms.ARMS) == 15
+    assert len(time_arms.ARMS) == 18
     assert {file.stem for file in time_arms.FOLDER.glob("*.yaml")} == {*time_arms.ARMS, "base"}
     with pytest.raises(ConfigError, match="an arm must be one of flow-none, .* got flow-film"):
         time_arms.load_arm("flow-film")
@@ -52,6 +53,14 @@ def test_a_difference_is_taken_seed_by_seed() -> None:
     assert tables.difference_by_seed([1.0], [2.0])["stderr"] is None
     assert tables.verdict(found) == "above"
     assert tables.verdict(found | {"by_seed": [0.5, 0.5, -0.1]}) == "not clearly apart from"
+
+
+def test_of_nothing_one_in_twenty_is_called_a_difference() -> None:
+    assert tables.clear_over_seeds(3) == pytest.approx(4.3027, abs=1e-4)  # any table of Student's t
+    draws = np.random.default_rng(0).normal(size=(4000, 3))
+    sides = [tables.verdict(tables.difference_by_seed(list(three), [0.0, 0.0, 0.0])) for three in draws]
+    called = sum(side != "not clearly apart from" for side in sides)
+    assert 0.035 < called / len(draws) < 0.06  # a few of the 5 % have not one sign
 
 
 def stood_in(folder: Path, asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from paper import COLOURS, MUTED, Paper, Results, dress, line_with_range
-from tables import CLEAR, difference_cell, markdown, signs_cell, spread, verdict, with_spread
+from tables import CLEAR, clear_over_seeds, difference_cell, markdown, signs_cell, spread, verdict, with_spread
 
 ARMS = {
     "text": "text only",
@@ -135,7 +135,7 @@ def gradients_came_out(results: Results, arm: str) -> str:
     """In words: the sign of text against media over all layers, beside its spread over seeds."""
     means = _means(results, arm, WHOLE, "text_media_cosine")
     mean, stderr = statistics.fmean(means), spread(means) / math.sqrt(len(means))
-    clear = len(means) > 1 and abs(mean) > CLEAR * stderr and all(one * mean > 0 for one in means)
+    clear = abs(mean) > clear_over_seeds(len(means)) * stderr and all(one * mean > 0 for one in means)
     side = ("agree" if mean > 0 else "pull apart") if clear else "are not clearly apart from orthogonal"
     return (
         f"Over all layers, text and media {side}: mean cosine {mean:+.4f} (s.e. over seeds {stderr:.4f}); with the "

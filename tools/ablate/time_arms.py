@@ -14,7 +14,12 @@ from matformer.config.schema import MediaObjective, RunConfig, TimeConditioning
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "ablation" / "time"
 OBJECTIVES: tuple[str, ...] = get_args(MediaObjective)
 CONDITIONINGS: tuple[str, ...] = get_args(TimeConditioning)
-ARMS = tuple(f"{objective}-{conditioning}" for objective, conditioning in product(OBJECTIVES, CONDITIONINGS))
+OF_THE_CODA: tuple[str, ...] = ("none", "add", "adaln_preludio_coda")
+"""Under `next_latent` the Coda alone is told t."""
+ARMS = (
+    *(f"{objective}-{conditioning}" for objective, conditioning in product(OBJECTIVES, CONDITIONINGS)),
+    *(f"next_latent-{conditioning}" for conditioning in OF_THE_CODA),
+)
 REFERENCE = "add"
 """The conditioning that the others of the same objective are held against."""
 

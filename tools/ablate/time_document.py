@@ -16,7 +16,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from paper import COLOURS, MUTED, Paper, Results, dress, line_with_range
-from tables import CLEAR, difference_by_seed, difference_cell, markdown, sorted_out, with_spread
+from tables import clear_over_seeds, difference_by_seed, difference_cell, markdown, sorted_out, with_spread
 
 from matformer.engine.clean_errors import LOG_SNRS
 
@@ -39,7 +39,8 @@ def render(results: Results, *, picture: str) -> str:
 
 def errors_table(results: Results, modality: str) -> str:
     """Flow loss, errors of the clean latent, the five errors beside the reference's, and whether captions are used."""
-    head = ["arm", "flow loss", *(f"log-SNR {snr}" for snr in LOG_SNRS), "beside `flow-add`'s", "captions: gain / s.e."]
+    beside = f"beside `{_first(results)}`'s"
+    head = ["arm", "flow loss", *(f"log-SNR {snr}" for snr in LOG_SNRS), beside, "captions: gain / s.e."]
     rows = []
     for arm in results["arms"]:
         errors = [with_spread(values_of(results, arm, _error(modality, snr)), 4) for snr in LOG_SNRS]
@@ -223,7 +224,8 @@ def _measuring(results: Results) -> str:
         "exp(log-SNR), the same noise for all arms: the number that compares objectives. Losses do not.",
         f"- **Beside `{_first(results)}`'s**: the mean over the five levels of log(error / its error), in percent, "
         "seed against seed, with the standard error over seeds. **±** is the standard deviation over seeds. "
-        f"A difference is called one at {CLEAR:g} standard errors and one sign under all seeds.",
+        f"A difference is called one at {clear_over_seeds(len(made['seeds'])):.2f} standard errors (Student's t over "
+        "seeds, 5 %) and one sign under all seeds: of twenty comparisons of nothing, one.",
         "- **Captions**: the loss under captions of other concepts less that under the own one, the same picture, "
         "noise and t, over its standard error clustered by concept.",
         f"- **Drawn pictures**: {made['judged_samples']} held-out captions, every concept once before any comes twice, "
