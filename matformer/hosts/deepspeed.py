@@ -104,7 +104,8 @@ def stored_to_full(parameter: nn.Parameter, stored: Tensor, *, group: Any) -> Te
 
 
 def full_to_stored(parameter: nn.Parameter, full: Tensor, *, rank: int) -> Tensor:
-    """What this rank stores of a whole tensor; the last shard of ZeRO 3 is padded with zeros."""
+    """What this rank stores of a whole tensor, on its device; the last shard of ZeRO 3 is padded with zeros."""
+    full = full.to(stored_weight(parameter).device)  # a checkpoint is read on the host
     if not hasattr(parameter, "ds_tensor"):
         return full
     size = parameter.ds_tensor.numel()  # pyright: ignore
@@ -129,7 +130,8 @@ def make_room_for_moments(engine: Any, step: int) -> None:  # noqa: ANN401
     stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
     for flat in _masters(zero):
         state = {key: torch.zeros_like(flat) for key in MOMENTS}
-        zero.optimizer.state[flat] = {"step": torch.tensor(float(step)), **state}
+        # the fused kernel asks for the count on the weights' device
+        zero.optimizer.state[flat] = {"step": torch.tensor(float(step), device=flat.device), **state}
     if not stage3:
         zero._hp_optimizer_states_linked = False  # link again: the tensors are new
         zero._lazy_init_hp_params_optimizer_state()
