@@ -25,10 +25,10 @@ from torch import Tensor
 
 from data_prep.contact_sheet import save_sheet
 from data_prep.media_items import Item, parts_of
-from data_prep.preparation import SUFFIXES, Preparation, as_media
 from data_prep.quality import SSIM_WINDOW, channel_statistics, mel_distance, psnr, snr, ssim
 from matformer.autoencoders import Autoencoder, load_autoencoder
 from matformer.autoencoders.acceptance import RECORD_FOLDER, Acceptance
+from matformer.autoencoders.preparation import SUFFIXES, Preparation, as_media
 from matformer.errors import DataError, MatformerError
 
 log = logging.getLogger("data_prep.accept_autoencoder")

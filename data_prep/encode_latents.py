@@ -40,10 +40,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from data_prep.accept_autoencoder import add_preparation, preparation_from
 from data_prep.encode_part import Coder, Job, PartEncoder
 from data_prep.media_items import parts_of
-from data_prep.preparation import SUFFIXES
 from data_prep.records import is_held_out
 from matformer.autoencoders import Autoencoder, load_autoencoder
 from matformer.autoencoders.acceptance import RECORD_FOLDER, Acceptance, require_accepted
+from matformer.autoencoders.preparation import SUFFIXES
 from matformer.data.shards import ShardReader, ShardWriter
 from matformer.errors import DataError, MatformerError
 

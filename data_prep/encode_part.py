@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from data_prep.media_items import Item, Part
-from data_prep.preparation import Preparation, as_media
 from data_prep.write import npy
 from matformer.autoencoders import Autoencoder, load_autoencoder
+from matformer.autoencoders.preparation import Preparation, as_media
 from matformer.data.shards import ShardWriter
 from matformer.errors import DataError
 

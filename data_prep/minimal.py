@@ -14,8 +14,9 @@ import numpy as np
 from jaxtyping import Bool
 
 from data_prep.records import Document, Picture, Sound
-from data_prep.speech import SAMPLE_RATE, levelled
+from data_prep.speech import SAMPLE_RATE
 from data_prep.texts import standard_library
+from matformer.autoencoders.sound import levelled
 
 SIDE = 64
 MODULES = 60

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from data_prep.video import require_av
 from matformer.autoencoders.motion_field import DX, DY, INTRA, MACROBLOCK, STEP
+from matformer.autoencoders.video_frames import require_av
 from matformer.errors import DataError
 
 X264 = "bframes=0:ref=1:partitions=none:weightp=0:keyint=infinite:scenecut=0:me=umh:merange=32:subme=7:threads=1"

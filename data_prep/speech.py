@@ -6,7 +6,6 @@ import ctypes
 import gzip
 import io
 import logging
-import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,14 +16,11 @@ from jaxtyping import Float
 
 from data_prep.archives import can_open, members
 from data_prep.records import Picture, Sound, number_of
+from matformer.autoencoders.sound import levelled, resampled, trimmed
 
 log = logging.getLogger(__name__)
 
 SAMPLE_RATE = 8000
-LOUDNESS = 0.08
-PEAK = 0.99
-SILENCE = 0.002
-FFT_BLOCK = 16
 SYNCHRONOUS = 2  # eSpeak hands the samples to a callback before its call returns
 DIRECTION = re.compile(r"\s*\[[^\]]*\]\s*")
 VOICES = {
@@ -42,30 +38,6 @@ VOICES = {
     "pl": "pl",
 }
 ENGLISH_CLIPS, OTHER_CLIPS, MAX_CHARACTERS = 1600, 2400, 48
-
-
-def levelled(wave: Float[np.ndarray, " samples"]) -> Float[np.ndarray, " samples"]:
-    """The same sound at a root mean square of 0.08 of full scale, less where its peak would pass 0.99."""
-    power = float(np.sqrt(np.mean(np.square(wave)))) or 1.0
-    peak = float(np.abs(wave).max()) or 1.0
-    return (wave * min(LOUDNESS / power, PEAK / peak)).astype(np.float32)
-
-
-def resampled(wave: Float[np.ndarray, " n"], *, rate: int, to: int = SAMPLE_RATE) -> Float[np.ndarray, " m"]:
-    """To another rate, by cutting or padding the spectrum."""
-    if rate == to:
-        return wave
-    step = math.gcd(rate, to)
-    down, up = rate // step, to // step
-    blocks = -(-len(wave) // (down * FFT_BLOCK)) * FFT_BLOCK  # lengths without large prime factors: 100 times faster
-    spectrum = np.fft.rfft(wave, blocks * down)[: blocks * up // 2 + 1]
-    return np.fft.irfft(spectrum, blocks * up)[: len(wave) * up // down] * (up / down)
-
-
-def trimmed(wave: Float[np.ndarray, " n"]) -> Float[np.ndarray, " m"]:
-    """Without the silence at either end; empty if there is nothing else."""
-    loud = np.flatnonzero(np.abs(wave) > SILENCE)
-    return wave[loud[0] : loud[-1] + 1] if len(loud) else wave[:0]
 
 
 def all_prompts(files: dict[str, Path]) -> Iterator[Sound]:
@@ -124,7 +96,7 @@ def spoken_names(pictures: Iterable[Picture]) -> Iterator[Sound]:
                 group=picture.group,
                 source="espeakng-loader",
                 texts={language: picture.texts[language]},
-                wave=levelled(resampled(wave, rate=synthesiser.sample_rate)),
+                wave=levelled(resampled(wave, rate=synthesiser.sample_rate, to=SAMPLE_RATE)),
             )
 
 

@@ -26,12 +26,12 @@ from data_prep.accept_autoencoder import add_preparation, preparation_from
 from data_prep.fetch import fetch
 from data_prep.media_items import parts_of
 from data_prep.pictures import all_pictures
-from data_prep.preparation import SUFFIXES, as_media
 from data_prep.quality import mel_distance, psnr, snr
 from data_prep.records import is_held_out
 from data_prep.save import save_whole
 from data_prep.speech import SAMPLE_RATE, all_prompts, spoken_names
 from matformer.autoencoders import Autoencoder, ConvolutionalAutoencoder
+from matformer.autoencoders.preparation import SUFFIXES, as_media
 from matformer.errors import DataError, MatformerError
 
 log = logging.getLogger("data_prep.train_autoencoder")

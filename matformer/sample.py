@@ -66,6 +66,7 @@ def _sample(asked: argparse.Namespace) -> None:
         "text": asked.text,
         "image": _name(asked.image),
         "audio": _name(asked.audio),
+        "media": [[name, str(path)] for name, path in asked.media],
         "want": asked.want,
         **{name: getattr(asked, name) for name in names},
         "samples": samples,
@@ -78,23 +79,23 @@ def _opening(
     asked: argparse.Namespace, config: RunConfig, *, codecs: dict[str, MediaCodec]
 ) -> tuple[tuple[Span, ...], bytes]:
     """What stands before the first new span: whole spans, and a prompt where text is to go on."""
-    files = [(name, path) for name, path in (("image", asked.image), ("audio", asked.audio)) if path is not None]
+    files = [(f"--{name}", name, path) for name in ("image", "audio") if (path := getattr(asked, name)) is not None]
+    files += [("--media", name, path) for name, path in asked.media]
     text = asked.text.encode("utf-8", "surrogateescape")
     if asked.want == "text" and not files:
         return (), text
     spans: list[Span] = [text_span(text, build_patcher(config.data.patcher))] if text else []
-    for name, path in files:
+    for option, name, path in files:
+        if name not in config.model.media:
+            known = ", ".join(config.model.modalities)
+            raise ConfigError(f"{option} must give a modality of the run, which has {known}, got {name}; leave it out")
         if not path.is_file():
-            raise DataError(f"--{name} must name a file, got {path}; correct the path")
+            raise DataError(f"{option} must name a file, got {path}; correct the path")
         spans.append(_codec(name, config, codecs=codecs).read(path))
     return tuple(spans), b""
 
 
 def _codec(name: str, config: RunConfig, *, codecs: dict[str, MediaCodec]) -> MediaCodec:
-    if name not in config.model.media:
-        raise ConfigError(
-            f"--{name} must be a modality of the run, which has {', '.join(config.model.modalities)}; leave it out"
-        )
     if name not in codecs:
         codecs[name] = load_codec(config, name)
     return codecs[name]
@@ -156,6 +157,13 @@ def _name(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
 
+def _named_file(text: str) -> tuple[str, Path]:
+    name, separator, path = text.partition("=")
+    if not (name and separator and path):
+        raise argparse.ArgumentTypeError(f"must be MODALITY=FILE, got {text!r}")
+    return name, Path(path)
+
+
 def _check(asked: argparse.Namespace) -> None:
     rules = (
         ("steps", asked.steps >= 1, "at least 1"),
@@ -179,6 +187,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--text", default="", help="a caption where media are wanted, a prompt where text is")
     parser.add_argument("--image", type=Path, help="a picture that stands after the text")
     parser.add_argument("--audio", type=Path, help="a sound that stands after the text and the picture")
+    parser.add_argument(
+        "--media", type=_named_file, action="append", default=[], metavar="MODALITY=FILE",
+        help="a file of any modality that stands after these, such as video=clip.mp4; may be given several times",
+    )  # fmt: skip
     parser.add_argument("--want", default=AUTO, help="a modality, or auto: the router decides (default)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the files and samples.json")
     parser.add_argument("--num", type=int, default=1, help="samples, drawn side by side")

@@ -33,7 +33,7 @@ def animated(
                 picture, fields = found.decode(span.latent), []
         elif picture is not None and _fits(span, picture):
             fields.append(found.decode(span.latent))
-            fps = found.fps
+            fps = found.preparation.fps
     if picture is None or not fields:
         return None
     return torch.cat((picture[None], warp(picture, torch.stack(fields)))), fps

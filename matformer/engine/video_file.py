@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from matformer.autoencoders.video_frames import require_av
 from matformer.errors import DataError
 
 CODECS = ("libx264", "mpeg4")
@@ -21,12 +22,7 @@ def write_mp4(path: Path, frames: Float[Tensor, "T 3 y x"], *, fps: float) -> No
 
     Raises DataError if PyAV is missing, or has neither codec.
     """
-    try:
-        import av  # noqa: PLC0415  optional: the extra `media`
-    except ImportError as error:
-        raise DataError(
-            f"writing video needs PyAV, got {error}; install the extra with `pip install matformer[media]`"
-        ) from error
+    av = require_av()
     codec = next((name for name in CODECS if name in av.codecs_available), None)
     if codec is None:
         raise DataError(f"PyAV must have one of the codecs {', '.join(CODECS)}, got neither; install another PyAV")

@@ -20,9 +20,10 @@ from data_prep.demo import COMPLETE, is_complete, main, prepare_minimal, split, 
 from data_prep.fetch import Package, fetch
 from data_prep.pictures import base_of, concept_of, framed
 from data_prep.records import Document
-from data_prep.speech import SAMPLE_RATE, levelled, resampled, trimmed
+from data_prep.speech import SAMPLE_RATE
 from data_prep.write import npy, static_patches
 from matformer.autoencoders import load_autoencoder
+from matformer.autoencoders.sound import levelled, resampled, trimmed
 from matformer.config.schema import PatcherConfig
 from matformer.data.patching import build_patcher, text_symbols
 from matformer.data.shards import ShardReader
@@ -239,7 +240,7 @@ def test_pictures_stand_on_white_in_the_middle() -> None:
 def test_resampling_keeps_a_tone_and_drops_what_cannot_be_held() -> None:
     time = np.arange(22050) / 22050
     tone = np.sin(2 * np.pi * 440 * time)
-    low = resampled(tone + np.sin(2 * np.pi * 6000 * time), rate=22050)
+    low = resampled(tone + np.sin(2 * np.pi * 6000 * time), rate=22050, to=SAMPLE_RATE)
     assert len(low) == SAMPLE_RATE
     expected = np.sin(2 * np.pi * 440 * np.arange(SAMPLE_RATE) / SAMPLE_RATE)
     np.testing.assert_allclose(low[500:-500], expected[500:-500], atol=0.02)

@@ -24,15 +24,16 @@ from data_prep import accept_autoencoder, encode_latents, encode_part
 from data_prep.accept_autoencoder import main as accept
 from data_prep.encode_latents import main as encode
 from data_prep.media_items import parts_of
-from data_prep.preparation import Preparation, as_media
 from matformer.autoencoders import MDCTPCA, PatchPCA, load_autoencoder
 from matformer.autoencoders.acceptance import Acceptance, read_acceptance
 from matformer.autoencoders.from_diffusers import DiffusersAutoencoder
+from matformer.autoencoders.preparation import Preparation, as_media
 from matformer.config.schema import DataConfig, MediaConfig, ModelConfig, SourceConfig
 from matformer.data.shards import ShardReader
 from matformer.data.sources import MediaSpan, open_source
+from matformer.engine.media import MediaCodec, load_codec
 from matformer.errors import DataError
-from tests.made import tiny_diffusers, tiny_model
+from tests.made import tiny_diffusers, tiny_model, tiny_run
 
 COUNT = 12
 RATE = 8000
@@ -195,6 +196,7 @@ def test_stereo_sound_by_oobleck(tmp_path: Path) -> None:
     coder = accepted(tmp_path / "coder", data, "--max-mel", "999", "--level", "as-is", buckets="300,400")
     assert run(coder, data, tmp_path / "out", "--level", "as-is", buckets="300,400") == 0
     assert {moments.shape for moments, _ in written(tmp_path / "out").values()} == {(8, 300)}
+    assert_read_as_encoded(tmp_path, "out", data, modality="audio", buckets=((300,), (400,)))
 
 
 def test_video_by_wan(tmp_path: Path) -> None:
@@ -216,6 +218,11 @@ def test_video_by_wan(tmp_path: Path) -> None:
     coder = accepted(tmp_path / "coder", data, "--min-psnr", "-99", "--min-ssim", "-9", buckets="2x8x8")
     assert run(coder, data, tmp_path / "out", buckets="2x8x8") == 0
     assert {moments.shape for moments, _ in written(tmp_path / "out").values()} == {(8, 2, 8, 8)}
+    assert_read_as_encoded(tmp_path, "out", data, modality="video", buckets=((2, 8, 8),))
+    slow = ("--min-psnr", "-99", "--min-ssim", "-9", "--fps", "4")
+    accepted(tmp_path / "coder", data, *slow, buckets="1x8x8")
+    assert run(coder, data, tmp_path / "slow", "--fps", "4", buckets="1x8x8") == 0
+    assert_read_as_encoded(tmp_path, "slow", data, modality="video", buckets=((1, 8, 8),))
     preparation = Preparation.of(load_autoencoder(coder), buckets=[(2, 8, 8)])
     _, frames = preparation.read(clip(3), suffix=".mp4")
     assert frames.shape == (3, 5, 32, 32)
@@ -226,6 +233,66 @@ def test_video_by_wan(tmp_path: Path) -> None:
         preparation.read(clip(3)[:200], suffix=".mp4")
     with pytest.raises(DataError, match="must have at least 9 frames"):
         Preparation.of(load_autoencoder(coder), buckets=[(3, 8, 8)]).read(clip(3), suffix=".mp4")
+
+
+def codec_of(root: Path, name: str, *, modality: str, buckets: tuple[tuple[int, ...], ...]) -> MediaCodec:
+    """As sampling loads it, for a run on the data set ROOT/NAME."""
+    channels = len(ShardReader(root / name / "train").manifest["latents"]["shift"])
+    media = MediaConfig(channels=channels, rank=len(buckets[0]), patch=1, buckets=buckets, coda_width=8)
+    model = ModelConfig.model_validate(tiny_model().model_dump() | {"media": {modality: media.model_dump()}})
+    source = SourceConfig(path=name, form="pairs", weight=1.0, modality=modality)
+    data = DataConfig(root=str(root), recipe=None, lanes=1, sequence_latents=64, sources={"mine": source})
+    return load_codec(tiny_run().model_copy(update={"model": model, "data": data}), modality)
+
+
+def assert_read_as_encoded(
+    root: Path, name: str, files: Path, *, modality: str, buckets: tuple[tuple[int, ...], ...]
+) -> None:
+    """A file that is given to a model is what the data set ROOT/NAME holds of it, to the rounding of a batch."""
+    codec, found = codec_of(root, name, modality=modality, buckets=buckets), written(root / name)
+    assert codec.preparation.manifest() == ShardReader(root / name / "train").manifest["preparation"] | {
+        "buckets": buckets, "axes": codec.preparation.axes,
+    }  # fmt: skip
+    for key in sorted(found)[:3]:
+        (path,) = (path for path in files.glob(f"{key}.*") if path.suffix != ".txt")
+        span = codec.read(path)
+        mean = found[key][0][: codec.media.channels].astype(np.float32)
+        np.testing.assert_allclose(codec.normalisation.inverse(span.latent), mean, atol=4e-3, rtol=4e-3)
+        assert span.role == "given" and list(buckets[span.bucket]) == found[key][1]["bucket"]
+
+
+@pytest.mark.parametrize("fit", ["pad", "crop"])
+def test_a_picture_given_in_sampling_is_fitted_as_the_data_were(fit: str, tmp_path: Path) -> None:
+    data = write_files(tmp_path / "wide", suffix=".png", of=lambda number: picture(number, size=(60, 32)))
+    coder = pca(tmp_path / "coder")
+    accept([*asked(coder, data, "4x4"), "--fit", fit, "--min-psnr", "-99", "--min-ssim", "-9"])
+    assert run(coder, data, tmp_path / "out", "--fit", fit) == 0
+    assert_read_as_encoded(tmp_path, "out", data, modality="image", buckets=((4, 4),))
+
+
+@pytest.mark.parametrize("level", ["speech", "as-is"])
+def test_a_sound_given_in_sampling_is_levelled_as_the_data_were(level: str, tmp_path: Path) -> None:
+    data = write_files(tmp_path / "sounds", suffix=".wav", of=lambda number: tone(number, loud=0.03))
+    coder = mdct(tmp_path / "coder")
+    accept([*asked(coder, data, "16,32"), "--level", level, "--max-mel", "999"])
+    assert run(coder, data, tmp_path / "out", "--level", level, buckets="16,32") == 0
+    assert_read_as_encoded(tmp_path, "out", data, modality="audio", buckets=((16,), (32,)))
+
+
+def test_what_does_not_fit_names_keys_of_the_run_in_sampling_and_options_in_preparation(tmp_path: Path) -> None:
+    data = write_files(tmp_path / "pictures", suffix=".png", of=picture)
+    coder = accepted(pca(tmp_path / "coder"), data, "--fit", "exact")
+    assert run(coder, data, tmp_path / "out", "--fit", "exact") == 0
+    path = tmp_path / "wide.png"
+    path.write_bytes(picture(0, size=(48, 32)))
+    with pytest.raises(DataError) as of_sampling:
+        codec_of(tmp_path, "out", modality="image", buckets=((4, 4),)).read(path)
+    assert str(of_sampling.value) == (
+        f"{path}: a picture must have a height and width among [(32, 32)], got (32, 48); resize it, or change "
+        "model.media.image.buckets"
+    )
+    with pytest.raises(DataError, match=r"resize it, or change --buckets or --fit$"):
+        Preparation.of(load_autoencoder(coder), buckets=[(4, 4)], fit="exact").read(path.read_bytes(), suffix=".png")
 
 
 def spoil(data: Path, *, picture_of: Callable[[int], bytes] = picture) -> None:
@@ -502,7 +569,7 @@ def test_a_sound_of_which_nothing_is_left_is_silent() -> None:
 def test_stereo_is_not_levelled_as_speech() -> None:
     stereo = DiffusersAutoencoder(tiny_diffusers("AutoencoderOobleck"))
     assert Preparation.of(stereo, buckets=[(300,)]).level == "as-is"
-    with pytest.raises(DataError, match="set --level as-is"):
+    with pytest.raises(DataError, match="got level speech; change --level"):
         Preparation.of(stereo, buckets=[(300,)], level="speech")
 
 

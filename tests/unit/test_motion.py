@@ -274,6 +274,12 @@ def test_a_modality_trains_is_scored_and_sampled_by_its_config_alone(
         assert [one["modality"] for one in fields] == ["motion"] * 2 and fields[0]["file"].endswith(".npy")
         assert read_mp4(out / film["file"]).shape == (3, 64, 64, 3)
         assert np.load(out / fields[0]["file"]).shape == (3, 4, 4)
+    given = out / (written[0] if name == "motion" else written[1])[0]["file"]  # what was drawn, given again
+    again = ["--out", str(tmp_path / "again"), "--media", f"{name}={given}", "--max-bytes", "4", "--want", "text"]
+    assert sample.main([str(folder), *again]) == 0
+    record = json.loads((tmp_path / "again" / "samples.json").read_text())
+    assert record["media"] == [[name, str(given)]] and record["samples"][0][0]["modality"] == "text"
+    assert sample.main([str(folder), *again[:2], "--media", f"smell={given}"]) == 2
     make_gallery(folder, num_texts=0, num_images=0, num_videos=2, steps=2)
     listed = json.loads((folder / "samples" / "samples.json").read_text())[name]
     for kind in ("reconstructed", "generated"):

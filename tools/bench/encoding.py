@@ -29,9 +29,9 @@ from rich.table import Table
 
 from data_prep.encode_part import Coder, Job, PartEncoder
 from data_prep.media_items import Part, parts_of
-from data_prep.preparation import Preparation, as_media
 from matformer.autoencoders import Autoencoder, ConvolutionalAutoencoder
 from matformer.autoencoders.from_diffusers import DiffusersAutoencoder
+from matformer.autoencoders.preparation import Preparation, as_media
 from matformer.parallel.process import settle
 
 BATCH = 16

@@ -1,14 +1,14 @@
 """Bytes of a picture, sound, video or array -> the numbers an autoencoder takes, in one of a few shapes.
 
-What is no such medium, or fits none of the shapes, raises DataError: encoding counts it and goes on.
+What is no such medium, or fits none of the shapes, raises DataError: encoding counts it and goes on, sampling stops.
 """
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -18,9 +18,9 @@ from jaxtyping import Float
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from data_prep.speech import SILENCE, levelled, resampled, trimmed
-from data_prep.video import frames_of
-from matformer.autoencoders import Autoencoder
+from matformer.autoencoders.base import Autoencoder
+from matformer.autoencoders.sound import SILENCE, levelled, resampled, trimmed
+from matformer.autoencoders.video_frames import frames_of
 from matformer.errors import DataError
 
 Fit = Literal["pad", "crop", "exact"]
@@ -31,7 +31,10 @@ SUFFIXES = {
     "video": (".mp4", ".mkv", ".webm", ".mov", ".avi", ".npy"),
     "tensor": (".npy",),
 }
-"""The files that are taken for media of a modality; `.npy` is an array [c, *axes] that is ready to be encoded."""
+"""The files that are taken for media of a modality, the one that samples are written as first; `.npy` is an array
+[c, *axes] that is ready to be encoded."""
+OPTIONS = {"buckets": "--buckets", "fit": "--fit", "level": "--level", "fps": "--fps"}
+"""Fields of a Preparation and the options of data_prep that set them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,8 @@ class Preparation:
 
     buckets: grids in latent cells. axes: the media's sizes that give them. fit: of pictures and frames: `pad` centres
     on white, `crop` cuts to the shape, `exact` takes only what has it. level: of sound: `speech` cuts silence at the
-    ends and levels, `as-is` does neither. fps: frames a second that a video is read at.
+    ends and levels, `as-is` does neither. fps: frames a second that a video is read at. keys: what errors tell a person
+    to change, by field; a field without a key is fixed.
     """
 
     modality: str
@@ -51,11 +55,12 @@ class Preparation:
     fit: Fit = "pad"
     level: Level = "speech"
     fps: float = 8.0
+    keys: Mapping[str, str] = field(default_factory=OPTIONS.copy, repr=False, compare=False)
 
     @classmethod
     def of(
         cls, autoencoder: Autoencoder, *, buckets: Sequence[Sequence[int]], fit: Fit = "pad",
-        level: Level | None = None, fps: float = 8.0,
+        level: Level | None = None, fps: float = 8.0, keys: Mapping[str, str] = OPTIONS,
     ) -> Preparation:  # fmt: skip
         """For this autoencoder; without `level`, one channel is taken for speech.
 
@@ -64,15 +69,15 @@ class Preparation:
         level = level or ("speech" if autoencoder.media_channels == 1 else "as-is")
         if level == "speech" and autoencoder.media_channels > 1 and autoencoder.sample_rate is not None:
             raise DataError(
-                f"sound of {autoencoder.media_channels} channels must be taken as it is, got --level speech; set "
-                "--level as-is"
+                f"sound of {autoencoder.media_channels} channels must be taken as-is, got level speech; "
+                f"{_change(keys, 'level')}"
             )
         rank = len(autoencoder.downsampling)
         for bucket in buckets:
             if len(bucket) != rank or min(bucket) < 1:
                 raise DataError(
                     f"a shape bucket of {autoencoder.kind} must have {rank} positive sizes, got {tuple(bucket)}; "
-                    "change --buckets"
+                    f"{_change(keys, 'buckets')}"
                 )
         return cls(
             modality=autoencoder.modality,
@@ -83,15 +88,16 @@ class Preparation:
             fit=fit,
             level=level,
             fps=fps,
+            keys=dict(keys),
         )
 
     def manifest(self) -> dict[str, Any]:
         """As manifests carry it."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "keys"}
 
     def read(self, data: bytes, *, suffix: str) -> tuple[int, np.ndarray]:
         """(bucket, array [c, *axes]): uint8 of pictures and video, float32 else. Raises DataError."""
-        if suffix == ".npy":
+        if suffix == ".npy" or self.modality == "tensor":
             return self._array(data)
         if self.modality == "audio":
             return self._sound(data)
@@ -103,11 +109,12 @@ class Preparation:
         try:
             array = np.load(io.BytesIO(data), allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"an array must be a whole .npy file, got: {error}; repair or remove it") from error
-        if array.ndim == 0 or len(array) != self.channels or array.shape[1:] not in self.axes:
+            raise DataError(f"an array must be a whole .npy file, got: {error}; repair it or leave it out") from error
+        real = array.dtype.kind in "fiub"
+        if not real or array.ndim == 0 or len(array) != self.channels or array.shape[1:] not in self.axes:
             raise DataError(
-                f"an array must have {self.channels} channels and axes among {list(self.axes)}, got shape "
-                f"{array.shape}; change --buckets"
+                f"an array must hold real numbers in {self.channels} channels and axes among {list(self.axes)}, got "
+                f"shape {array.shape} of {array.dtype}; reshape it, or {_change(self.keys, 'buckets')}"
             )
         return self.axes.index(array.shape[1:]), np.ascontiguousarray(array, np.float32)
 
@@ -119,7 +126,7 @@ class Preparation:
         # a damaged PNG raises SyntaxError, damaged sizes ValueError
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
             raise DataError(
-                f"a picture must be a whole file that pillow opens, got: {error}; repair or remove it"
+                f"a picture must be a whole file that pillow opens, got: {error}; repair it or leave it out"
             ) from error
         bucket = self._nearest(drawing.size, sides=self.axes)
         return bucket, _channels_first(self._fitted(drawing, sides=self.axes[bucket]))
@@ -130,7 +137,7 @@ class Preparation:
         if not fitting:
             raise DataError(
                 f"a video must have at least {min(axes[0] for axes in self.axes)} frames at {self.fps:g} a second, "
-                f"got {len(frames)}; change --fps or --buckets"
+                f"got {len(frames)}; bring a longer one, or {_change(self.keys, 'fps', 'buckets')}"
             )
         longest = [axes for axes in fitting if axes[0] == max(axes[0] for axes in fitting)]
         axes = longest[self._nearest(frames[0].size, sides=[axes[1:] for axes in longest])]
@@ -143,7 +150,7 @@ class Preparation:
             wave, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
         except (OSError, soundfile.LibsndfileError) as error:
             raise DataError(
-                f"a sound must be a whole file that libsndfile opens, got: {error}; repair or remove it"
+                f"a sound must be a whole file that libsndfile opens, got: {error}; repair it or leave it out"
             ) from error
         mixed = [wave.mean(1)] if self.channels == 1 or wave.shape[1] == 1 else list(wave.T[: self.channels])
         channels = [resampled(channel, rate=rate, to=self.sample_rate) for channel in mixed if len(channel)]
@@ -151,7 +158,7 @@ class Preparation:
         if (
             not max((np.abs(channel).max(initial=0) for channel in channels), default=0) > SILENCE
         ):  # `not >`: nan is none either
-            raise DataError(f"a sound must be louder than {SILENCE} of full scale somewhere, got silence; remove it")
+            raise DataError(f"a sound must be louder than {SILENCE} of full scale somewhere, got silence; leave it out")
         if self.level == "speech":
             channels = [levelled(trimmed(channels[0]))]
         length = len(channels[0])
@@ -162,7 +169,7 @@ class Preparation:
             longest = max(self.axes)[0] / self.sample_rate
             raise DataError(
                 f"a sound must last at most {longest:.2f} s, got {length / self.sample_rate:.2f} s; cut it, or "
-                "change --buckets"
+                f"{_change(self.keys, 'buckets')}"
             )
         padded = np.zeros((self.channels, *self.axes[bucket]), np.float32)
         padded[:, :length] = np.stack(channels)  # one channel fills both of a stereo autoencoder
@@ -174,8 +181,8 @@ class Preparation:
         if self.fit == "exact":
             if (height, width) not in [tuple(pair) for pair in sides]:
                 raise DataError(
-                    f"a picture must have a height and width among {list(sides)}, got {(height, width)}; change "
-                    "--buckets or --fit"
+                    f"a picture must have a height and width among {list(sides)}, got {(height, width)}; resize "
+                    f"it, or {_change(self.keys, 'buckets', 'fit')}"
                 )
             return [tuple(pair) for pair in sides].index((height, width))
         off = [abs(math.log(rows * width / (columns * height))) for rows, columns in sides]
@@ -204,6 +211,12 @@ def as_media(arrays: Sequence[np.ndarray]) -> Float[Tensor, "B c *axes"]:
 
 def _signed(media: Tensor) -> Tensor:
     return media.float().div_(127.5).sub_(1.0) if media.dtype == torch.uint8 else media
+
+
+def _change(keys: Mapping[str, str], *fields: str) -> str:
+    """What a person can do about `fields`."""
+    named = [keys[name] for name in fields if name in keys]
+    return f"change {' or '.join(named)}" if named else "prepare the data again"
 
 
 def _on_white(drawing: Image.Image, *, canvas: tuple[int, int]) -> Image.Image:

@@ -22,7 +22,9 @@ def frames_of(data: bytes, *, fps: float, most: int) -> list[np.ndarray]:
             shown = ((frame.time, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0))
             return list(_sampled(shown, fps=fps, most=most))
     except (av.FFmpegError, IndexError) as error:  # IndexError: no stream of pictures in it
-        raise DataError(f"a video must be a whole file that FFmpeg opens, got: {error}; repair or remove it") from error
+        raise DataError(
+            f"a video must be a whole file that FFmpeg opens, got: {error}; repair it or leave it out"
+        ) from error
 
 
 def _sampled(shown: Iterator[tuple[float | None, np.ndarray]], *, fps: float, most: int) -> Iterator[np.ndarray]:
