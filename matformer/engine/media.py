@@ -62,8 +62,7 @@ class MediaCodec:
         """A medium as `decode` gives it into a file named by `suffix`."""
         rate = self.autoencoder.sample_rate
         if rate is not None:
-            wave = media[0].clamp(-1, 1).numpy()
-            soundfile.write(path, wave, rate, subtype="PCM_16")
+            soundfile.write(path, media.clamp(-1, 1).T.numpy(), rate, subtype="PCM_16")
         elif path.suffix == ".mp4":
             write_mp4(path, media.movedim(1, 0), fps=self.preparation.fps)
         elif path.suffix == ".png":

@@ -13,6 +13,7 @@ from PIL import Image
 
 from data_prep import pictures
 from matformer.autoencoders import MDCTPCA, PatchPCA
+from matformer.autoencoders.from_diffusers import DiffusersAutoencoder
 from matformer.autoencoders.patch_pca import to_signed
 from matformer.autoencoders.preparation import Preparation
 from matformer.autoencoders.sound import levelled, resampled, trimmed
@@ -20,6 +21,7 @@ from matformer.config.schema import MediaConfig
 from matformer.data.latents import Normalisation
 from matformer.engine.media import MediaCodec
 from matformer.errors import DataError
+from tests.made import tiny_diffusers
 
 DRAWS = np.random.default_rng(0)
 NORMALISATION = Normalisation(DRAWS.standard_normal(192), np.full(192, 0.5))
@@ -67,6 +69,19 @@ def test_a_sound_is_prepared_as_the_data(tmp_path: Path, rate: int) -> None:
     want = codec.autoencoder.encode(padded).mean[0].half().float().numpy() * 2.0
     assert span.latent.shape == (8, size // 160 + 1) and span.role == "given"
     assert np.allclose(span.latent, want, atol=1e-3)
+
+
+def test_all_channels_of_a_sound_are_written_and_one_stays_mono(tmp_path: Path) -> None:
+    stereo = DiffusersAutoencoder(tiny_diffusers("AutoencoderOobleck"))
+    media = MediaConfig(channels=4, rank=1, patch=4, buckets=((32,),), coda_width=8)
+    preparation = Preparation.of(stereo, buckets=media.buckets)
+    codec = MediaCodec("audio", media, stereo, Normalisation(np.zeros(4), np.ones(4)), preparation)
+    time = np.arange(256)
+    for of, wave in ((codec, np.stack([np.sin(time / 9), np.cos(time / 5)])), (sound_codec(), np.sin(time / 9)[None])):
+        of.write(tmp_path / "out.wav", torch.from_numpy(wave).float())
+        back, rate = soundfile.read(tmp_path / "out.wav", always_2d=True)
+        assert rate == 8000 and back.shape == wave.T.shape
+        assert np.abs(back - wave.T).max() < 1e-4
 
 
 def test_what_cannot_be_read_or_is_too_long_is_one_sentence(tmp_path: Path) -> None:
