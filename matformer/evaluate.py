@@ -17,6 +17,7 @@ from matformer.engine.evaluate import Evaluation, evaluate_run
 from matformer.engine.restore import run_config
 from matformer.engine.sample_quality import DRAWS
 from matformer.errors import MatformerError
+from matformer.observe.drawing import drawing_bar
 from matformer.parallel.process import settle
 
 log = logging.getLogger(__name__)
@@ -38,15 +39,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if drawn and not (config.eval.judged_samples if asked.judged_samples is None else asked.judged_samples):
             log.warning("--%s has no effect without --judged-samples", ", --".join(drawn))
         settle(config.parallel.threads)
-        evaluation = evaluate_run(
-            asked.run,
-            ema=asked.ema,
-            text_bytes=asked.text_bytes,
-            media_spans=asked.media_spans,
-            judged=asked.judged_samples,
-            draws=replace(DRAWS, **drawn),
-            data=asked.data,
-        )
+        with drawing_bar() as watch:
+            evaluation = evaluate_run(
+                asked.run,
+                ema=asked.ema,
+                text_bytes=asked.text_bytes,
+                media_spans=asked.media_spans,
+                judged=asked.judged_samples,
+                draws=replace(DRAWS, **drawn),
+                data=asked.data,
+                watch=watch,
+            )
     except MatformerError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code

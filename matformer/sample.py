@@ -24,6 +24,7 @@ from matformer.engine.motion import animated
 from matformer.engine.restore import load_for_inference
 from matformer.engine.video_file import write_mp4
 from matformer.errors import ConfigError, DataError, MatformerError
+from matformer.observe.drawing import drawing_bar
 from matformer.parallel.process import settle
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,8 @@ def _sample(asked: argparse.Namespace) -> None:
     spans = asked.max_spans if asked.want == AUTO else asked.spans
     names = ("seed", "temperature", "top_p", "max_bytes", "steps", "guidance", "solver")
     draws = Draws(**{name: getattr(asked, name) for name in names})
-    continue_rows(model, rows, want=asked.want, config=config, draws=draws, max_spans=spans)
+    with drawing_bar() as watch:
+        continue_rows(model, rows, want=asked.want, config=config, draws=draws, max_spans=spans, watch=watch)
     _make_folder(asked.out)
     samples = [_written(row, given=given, out=asked.out, config=config, codecs=codecs) for row in rows]
     record = {

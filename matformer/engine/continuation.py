@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from matformer.data.packing import build_batch, document_positions, time_positio
 from matformer.data.sources import Document, TextSpan
 from matformer.data.text_layout import text_positions
 from matformer.engine.denoiser import draw_media
-from matformer.engine.draws import Draws, Row, Span, dice_of, draw_answer, given
+from matformer.engine.draws import Draws, OnStep, Row, Span, Watch, dice_of, draw_answer, given, unwatched
 from matformer.engine.text_writer import write_texts
 from matformer.engine.unmask import fill_texts
 from matformer.errors import ParcelError
@@ -68,14 +69,23 @@ def ask(model: Matformer, rows: Sequence[Row], *, want: str, config: RunConfig, 
 
 
 def continue_rows(
-    model: Matformer, rows: Sequence[Row], *, want: str, config: RunConfig, draws: Draws, max_spans: int = 1
+    model: Matformer,
+    rows: Sequence[Row],
+    *,
+    want: str,
+    config: RunConfig,
+    draws: Draws,
+    max_spans: int = 1,
+    watch: Watch = unwatched,
 ) -> None:
     """Add to each row `max_spans` spans of modality `want` (of text one); under auto fewer where its document ends.
 
+    All rows that get the same modality are one batch; `watch` hears of its steps.
     Raises ParcelError where a prompt leaves no room.
     """
     live = list(rows)
-    for _ in range(1 if want == "text" else max_spans):
+    count = 1 if want == "text" else max_spans
+    for number in range(1, count + 1):
         answers = (
             [Answer("text")] * len(live) if want == "text" else ask(model, live, want=want, config=config, draws=draws)
         )
@@ -84,22 +94,29 @@ def continue_rows(
                 (row, answer.bucket) for row, answer in zip(live, answers, strict=True) if answer.modality == modality
             ]
             if chosen:
-                _add(model, chosen, modality=modality, config=config, draws=draws)
+                on_step = partial(watch, f"{modality}, batch {number} of {count}")
+                _add(model, chosen, modality=modality, config=config, draws=draws, on_step=on_step)
         live = [row for row, answer in zip(live, answers, strict=True) if _goes_on(row, answer)]
         if not live:
             return
 
 
 def _add(
-    model: Matformer, chosen: Sequence[tuple[Row, int]], *, modality: str, config: RunConfig, draws: Draws
+    model: Matformer,
+    chosen: Sequence[tuple[Row, int]],
+    *,
+    modality: str,
+    config: RunConfig,
+    draws: Draws,
+    on_step: OnStep,
 ) -> None:
     rows = [row for row, _ in chosen]
     if modality == "text":
         make = fill_texts if config.model.diffuses_text else write_texts
-        spans: Sequence[Span] = make(model, rows, config=config, draws=draws)
+        spans: Sequence[Span] = make(model, rows, config=config, draws=draws, on_step=on_step)
     else:
         buckets = [bucket for _, bucket in chosen]
-        spans = draw_media(model, rows, modality=modality, buckets=buckets, config=config, draws=draws)
+        spans = draw_media(model, rows, modality=modality, buckets=buckets, config=config, draws=draws, on_step=on_step)
     for row, span in zip(rows, spans, strict=True):
         row.add(span)
 

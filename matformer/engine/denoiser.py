@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ from matformer.config.schema import MediaObjective, RunConfig
 from matformer.data.packing import DrawNoise, Noise, Piece, Place, document_positions, draw_zeros, pack_batch
 from matformer.data.sources import Document, MediaSpan, tree_of
 from matformer.engine.dpm_solver import denoise_by_dpm
-from matformer.engine.draws import Draws, Row, Solver, dice_of, empty_span, given
+from matformer.engine.draws import Draws, OnStep, Row, Solver, dice_of, empty_span, given, unwatched
 from matformer.engine.trees import draw_trees
 from matformer.errors import ParcelError
 from matformer.layers.noise_levels import levels, time_of_log_snr
@@ -29,10 +30,18 @@ FIRST_LOG_SNR = -8.0
 
 @torch.no_grad()
 def draw_media(
-    model: Matformer, rows: Sequence[Row], *, modality: str, buckets: Sequence[int], config: RunConfig, draws: Draws
+    model: Matformer,
+    rows: Sequence[Row],
+    *,
+    modality: str,
+    buckets: Sequence[int],
+    config: RunConfig,
+    draws: Draws,
+    on_step: OnStep = unwatched,
 ) -> list[MediaSpan]:
     """One span of `modality` a row, of the shape that `buckets` names, denoised from t = 1 to 0.
 
+    `on_step` hears of every evaluation of the network.
     What a row gets does not depend on the rows beside it.
     Raises ParcelError where it does not fit into the sequence.
     """
@@ -53,10 +62,12 @@ def draw_media(
     ]
     start = torch.from_numpy(np.concatenate(noise))
     if media.causal:
-        x_QF = patch_after_patch(model, batch, start, modality=modality, sizes=sizes, draws=draws)
+        x_QF = patch_after_patch(model, batch, start, modality=modality, sizes=sizes, draws=draws, on_step=on_step)
     else:
         velocity = guided_velocity(model, batch, modality=modality, guidance=draws.guidance)
-        x_QF = denoise(velocity, start, steps=draws.steps, solver=draws.solver, objective=media.prediction)
+        x_QF = denoise(
+            velocity, start, steps=draws.steps, solver=draws.solver, objective=media.prediction, on_step=on_step
+        )
     latents = [
         unpatchify(x_NF, grid=media.buckets[bucket], patch=media.patch).numpy()
         for x_NF, bucket in zip(x_QF.split(sizes), buckets, strict=True)
@@ -68,14 +79,22 @@ def draw_media(
 
 
 def denoise(
-    velocity: Velocity, x: Tensor, *, steps: int, solver: Solver = "euler", objective: MediaObjective = "flow"
+    velocity: Velocity,
+    x: Tensor,
+    *,
+    steps: int,
+    solver: Solver = "euler",
+    objective: MediaObjective = "flow",
+    on_step: OnStep = unwatched,
 ) -> Tensor:
     """x_0 of x_1 = `x` along the objective's path, in equal steps of t.
 
     Source: Karras 2022, algorithm 1 (Heun).
 
     velocity: dx/dt on the straight path, dx/dangle = v on DDPM's circle; there an Euler step is DDIM's (Song 2021).
+    on_step: hears of every evaluation of it; Heun asks twice a step.
     """
+    velocity = _counted(velocity, on_step, total=2 * steps if solver == "heun" else steps)
     if solver == "dpm":
         return denoise_by_dpm(velocity, x, steps=steps, objective=objective, first_log_snr=FIRST_LOG_SNR)
     first = 1.0 if objective == "flow" else time_of_log_snr(FIRST_LOG_SNR, objective=objective)
@@ -88,6 +107,17 @@ def denoise(
             ahead = x + length / 2 * (slope + velocity(ahead, float(after)))
         x = ahead
     return x
+
+
+def _counted(velocity: Velocity, on_step: OnStep, *, total: int) -> Velocity:
+    numbers = itertools.count(1)
+
+    def counted(x: Tensor, time: float) -> Tensor:
+        found = velocity(x, time)
+        on_step(next(numbers), total)
+        return found
+
+    return counted
 
 
 def moved(x: Tensor, velocity: Tensor, time: float, after: float, *, objective: MediaObjective) -> Tensor:
@@ -138,11 +168,19 @@ def guided_velocity(model: Matformer, batch: Batch, *, modality: str, guidance: 
 
 
 def patch_after_patch(
-    model: Matformer, batch: Batch, noise_QF: Tensor, *, modality: str, sizes: Sequence[int], draws: Draws
+    model: Matformer,
+    batch: Batch,
+    noise_QF: Tensor,
+    *,
+    modality: str,
+    sizes: Sequence[int],
+    draws: Draws,
+    on_step: OnStep = unwatched,
 ) -> Tensor:
     """The patches of `next_latent` spans, `sizes` a row: each denoised from the latent before it, all rows abreast.
 
     `batch` is a `denoising_batch`. The Atto runs once a patch, over all positions: later ones are seen by none.
+    `on_step` hears of every evaluation of the Coda, counted over all patches.
     Source: LatentLM (Sun 2024), section 3.
     """
     units, objective = batch.media[modality], model.model_config.media[modality].prediction
@@ -156,8 +194,13 @@ def patch_after_patch(
         def predict(noised: MediaUnits, latent_LH: Tensor = latent_LH) -> Tensor:
             return model.code[modality](latent_LH, noised)
 
+        def counted(done: int, of: int, patch: int = patch) -> None:
+            on_step(patch * of + done, max(sizes) * of)
+
         velocity = _velocity(predict, now, objective=objective, guidance=draws.guidance)
-        made = denoise(velocity, noise_QF[turn], steps=draws.steps, solver=draws.solver, objective=objective)
+        made = denoise(
+            velocity, noise_QF[turn], steps=draws.steps, solver=draws.solver, objective=objective, on_step=counted
+        )
         x_QF[turn] = made
         value_NF = units.value_NF.index_copy(0, now.noised_row_Q, torch.cat((made,) * copies))
         units = replace(units, value_NF=value_NF)

@@ -5,7 +5,7 @@ What a row draws is a function of (seed, row, span): the same seed gives the sam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,6 +18,10 @@ from matformer.parallel.seeds import generator
 
 Span = TextSpan | MediaSpan
 Solver = Literal["euler", "heun", "dpm"]
+OnStep = Callable[[int, int], None]
+"""Told after each step how many are done, and of how many."""
+Watch = Callable[[str, int, int | None], None]
+"""Told what is made, how many of its steps are done, and of how many; None where nobody knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,10 @@ class Row:
     def add(self, span: Span) -> None:
         """`span` (it holds the prompt where that was continued) is the newest of the row."""
         self.spans, self.prompt = (*self.spans, span), b""
+
+
+def unwatched(*_: object) -> None:
+    """An `OnStep` or a `Watch` of nobody."""
 
 
 def draw_answer(logits: Float[np.ndarray, " answers"], *, draws: Draws, dice: np.random.Generator) -> int:

@@ -25,7 +25,7 @@ from matformer.data.text_rows import with_masks
 from matformer.engine.baselines import TIMES, Baselines, compute_baselines, ratio
 from matformer.engine.clean_errors import clean_errors, media_batches
 from matformer.engine.document_sums import Documents, document_sums, gather_documents, velocity_scalars
-from matformer.engine.draws import Draws
+from matformer.engine.draws import Draws, Watch, unwatched
 from matformer.engine.paired import caption_gain
 from matformer.engine.restore import load_for_inference
 from matformer.engine.sample_quality import DRAWS, judged_samples
@@ -128,12 +128,14 @@ def evaluate_run(
     judged: int | None = None,
     draws: Draws = DRAWS,
     data: Path | None = None,
+    watch: Watch = unwatched,
 ) -> Evaluation:
     """Everything about a run's newest good checkpoint, on one plain rank; kept as evaluation.json and baselines.json.
 
-    Amounts are those of the run's `eval`, unless given; judged pictures are drawn by `draws`. evaluation.json keeps
-    what it holds of the same step. With `data`, a text data set, its held-out documents alone are scored, all unless
-    `text_bytes` says less, and nothing is kept. Raises ConfigError, CheckpointError or DataError.
+    Amounts are those of the run's `eval`, unless given; judged pictures are drawn by `draws`. `watch` hears of what is
+    going on. evaluation.json keeps what it holds of the same step. With `data`, a text data set, its held-out documents
+    alone are scored, all unless `text_bytes` says less, and nothing is kept. Raises ConfigError, CheckpointError or
+    DataError.
     """
     config, host, model = load_for_inference(run_folder, ema=ema)
     if data is not None:
@@ -145,8 +147,11 @@ def evaluate_run(
     }
     asked = config.eval.model_copy(update={name: value for name, value in amounts.items() if value is not None})
     config = config.model_copy(update={"eval": asked})
+    watch("baselines", 0, None)
     baselines = _baselines(config, asked)
-    numbers = evaluate(host, config, full=True, rivals=baselines) | judged_samples(model, config, draws=draws)
+    watch("held-out data", 0, None)
+    numbers = evaluate(host, config, full=True, rivals=baselines)
+    numbers |= judged_samples(model, config, draws=draws, watch=watch)
     if config.eval.media_spans:
         for modality in (name for name, media in config.model.media.items() if media.noises_trees):
             numbers |= tree_arms(host, model, config, modality=modality)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from matformer.data.patching import build_patcher
 from matformer.data.sources import MediaSpan, Source, text_span
 from matformer.engine.classifier import seen
 from matformer.engine.denoiser import draw_media
-from matformer.engine.draws import Draws, Row
+from matformer.engine.draws import Draws, Row, Watch, unwatched
 from matformer.engine.frechet import fitted, frechet_distance
 from matformer.engine.judge import Judge, decoded, group_of, load_judge, picture_sources
 from matformer.engine.media import MediaCodec, load_codec
@@ -47,7 +48,13 @@ class Judged:
 
 
 def sample_quality(
-    model: Matformer, config: RunConfig, *, modality: str, num_samples: int, draws: Draws = DRAWS
+    model: Matformer,
+    config: RunConfig,
+    *,
+    modality: str,
+    num_samples: int,
+    draws: Draws = DRAWS,
+    watch: Watch = unwatched,
 ) -> dict[str, float]:
     """Keys `heldout/samples/<modality>_...` of up to `num_samples` held-out captions, every concept once first.
 
@@ -63,21 +70,27 @@ def sample_quality(
         return {}
     real = judged(judge, [seen(decoded(one.source, one.subject.index, codec=codec)[None]) for one in asked])
 
+    count = 2 * -(-len(asked) // ROWS)
+    names = (f"{modality}, batch {number} of {count}" for number in range(1, count + 1))
+
     def drawn(captions: Sequence[str]) -> Judged:
-        return judged(judge, _drawn(model, captions, asked, modality=modality, config=config, codec=codec, draws=draws))
+        pictures = _drawn(model, captions, asked, config=config, codec=codec, draws=draws, names=names, watch=watch)
+        return judged(judge, pictures)
 
     own, shuffled = drawn([one.subject.caption for one in asked]), drawn([one.other for one in asked])
     return _numbers(judge, asked, modality=modality, real=real, own=own, shuffled=shuffled)
 
 
-def judged_samples(model: Matformer, config: RunConfig, *, draws: Draws = DRAWS) -> dict[str, float]:
+def judged_samples(
+    model: Matformer, config: RunConfig, *, draws: Draws = DRAWS, watch: Watch = unwatched
+) -> dict[str, float]:
     """`sample_quality` of every modality of pictures, `eval.judged_samples` of each."""
     found: dict[str, float] = {}
     for modality, media in config.model.media.items():
         paired = any(source.modality == modality for source in config.data.sources.values())
         if config.eval.judged_samples and media.rank == 2 and paired:
             amount = config.eval.judged_samples
-            found |= sample_quality(model, config, modality=modality, num_samples=amount, draws=draws)
+            found |= sample_quality(model, config, modality=modality, num_samples=amount, draws=draws, watch=watch)
     return found
 
 
@@ -108,12 +121,16 @@ def _drawn(
     captions: Sequence[str],
     asked: Sequence[Asked],
     *,
-    modality: str,
     config: RunConfig,
     codec: MediaCodec,
     draws: Draws,
+    names: Iterator[str],
+    watch: Watch,
 ) -> list[Float[Tensor, "1 3 side side"]]:
-    """A picture a caption; the noise goes by the place, so that it is the same whatever the caption."""
+    """A picture a caption; the noise goes by the place, so that it is the same whatever the caption.
+
+    `names` gives each batch's, for `watch`.
+    """
     patcher = build_patcher(config.data.patcher, vocabulary=config.model.text.vocabulary)
     rows = [Row(place, (text_span(caption.encode(), patcher),)) for place, caption in enumerate(captions)]
     order = sorted(range(len(rows)), key=lambda place: len(captions[place]))  # rows of one batch are as long
@@ -123,10 +140,11 @@ def _drawn(
         spans = draw_media(
             model,
             [rows[place] for place in places],
-            modality=modality,
+            modality=codec.modality,
             buckets=[asked[place].bucket for place in places],
             config=config,
             draws=draws,
+            on_step=partial(watch, next(names)),
         )
         pictures |= {place: seen(codec.decode(span.latent)[None]) for place, span in zip(places, spans, strict=True)}
     return [pictures[place] for place in range(len(rows))]

@@ -16,7 +16,7 @@ from matformer.config.schema import RunConfig
 from matformer.data.packing import build_batch, document_positions
 from matformer.data.patching import Patcher, TokenPatcher, build_patcher, text_symbols
 from matformer.data.sources import Document, TextSpan, cut_span
-from matformer.engine.draws import Draws, Row, Span, dice_of, draw_answer, given
+from matformer.engine.draws import Draws, OnStep, Row, Span, dice_of, draw_answer, given, unwatched
 from matformer.errors import ParcelError
 from matformer.model import Matformer
 from matformer.parcels import TextUnits
@@ -146,10 +146,13 @@ class _Pen:
 
 
 @torch.no_grad()
-def write_texts(model: Matformer, rows: Sequence[Row], *, config: RunConfig, draws: Draws) -> list[TextSpan]:
+def write_texts(
+    model: Matformer, rows: Sequence[Row], *, config: RunConfig, draws: Draws, on_step: OnStep = unwatched
+) -> list[TextSpan]:
     """One text span a row, its prompt continued until `<end>`, `draws.max_bytes` or the end of the sequence.
 
-    Of a vocabulary the last piece is whole, and may reach beyond `max_bytes`.
+    Of a vocabulary the last piece is whole, and may reach beyond `max_bytes`. `on_step` hears of the new bytes of the
+    longest.
     Raises ParcelError where a prompt does not fit.
     """
     writer = TextWriter(model, rows, config=config)
@@ -161,6 +164,8 @@ def write_texts(model: Matformer, rows: Sequence[Row], *, config: RunConfig, dra
         for i, logits_V in zip(live, logits, strict=True):
             writer.write(writer.pens[i], logits_V, draws=draws, dice=dice[i])
         pens = writer.pens
+        longest = max(len(pen.data) - len(row.prompt) for pen, row in zip(pens, rows, strict=True))
+        on_step(min(longest, draws.max_bytes), draws.max_bytes)
         live = [i for i in live if not pens[i].ended and len(pens[i].data) < limits[i] and writer.has_room(pens[i])]
     return [pen.span() for pen in writer.pens]
 

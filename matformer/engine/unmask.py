@@ -19,7 +19,7 @@ from matformer.data.patching import build_patcher
 from matformer.data.sources import Document, TextSpan, text_span
 from matformer.data.text_layout import patches_that_fit
 from matformer.data.text_rows import with_seen
-from matformer.engine.draws import Draws, Row, Span, dice_of, draw_answer, given
+from matformer.engine.draws import Draws, OnStep, Row, Span, dice_of, draw_answer, given, unwatched
 from matformer.errors import ParcelError
 from matformer.model import Matformer
 from matformer.parcels import Batch
@@ -78,11 +78,14 @@ class _Sheet:
 
 
 @torch.no_grad()
-def fill_texts(model: Matformer, rows: Sequence[Row], *, config: RunConfig, draws: Draws) -> list[TextSpan]:
+def fill_texts(
+    model: Matformer, rows: Sequence[Row], *, config: RunConfig, draws: Draws, on_step: OnStep = unwatched
+) -> list[TextSpan]:
     """One text span a row, its prompt continued to `<end>`, `draws.max_bytes` or the end of the sequence.
 
     A text that is filled in whole is as long as its number of patches, which is drawn evenly: in training `<end>`
-    stands in the last patch. Raises ParcelError where a prompt does not fit.
+    stands in the last patch. `on_step` hears of the symbols of all rows that are known.
+    Raises ParcelError where a prompt does not fit.
     """
     sheets = [_sheet(row, config=config, draws=draws) for row in rows]
     while live := [sheet for sheet in sheets if not sheet.done]:
@@ -93,6 +96,7 @@ def fill_texts(model: Matformer, rows: Sequence[Row], *, config: RunConfig, draw
             logits = _logits(model, batch, live)
             for sheet, logits_UV in zip(live, logits, strict=True):
                 sheet.fill(logits_UV, step=step, draws=draws)
+            on_step(sum(int((one.symbols != MASK).sum()) for one in sheets), sum(len(one.symbols) for one in sheets))
         for sheet in live:
             sheet.first += sheet.block
     patcher = build_patcher(config.data.patcher)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,13 @@ OF_RUN = {
 }  # fmt: skip
 
 
+class Terminal(io.StringIO):
+    """What a person looks at."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 def trained(project: Path, root: Path, name: str) -> tuple[RunConfig, PlainHost, list[dict[str, float]]]:
     """Some steps of configs/run/NAME.yaml, made small by keys alone."""
     run = load_run(project / f"configs/run/{name}.yaml", (*SMALL, *OF_RUN[name], f"data.root={root}"))
@@ -259,7 +267,12 @@ def test_a_modality_trains_is_scored_and_sampled_by_its_config_alone(
         picture = to_picture(root, tmp_path)
         arguments = ["--text", "all moves, right", "--image", str(picture), "--spans", "2"]
     out = tmp_path / "out"
-    assert sample.main([str(folder), "--want", name, "--out", str(out), "--steps", "2", *arguments]) == 0
+    terminal = Terminal()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal)
+        patch.setenv("TERM", "xterm")
+        assert sample.main([str(folder), "--want", name, "--out", str(out), "--steps", "2", *arguments]) == 0
+    assert f"{name}, batch 1 of " in terminal.getvalue()
     written = json.loads((out / "samples.json").read_text())["samples"]
     if name == "video":
         assert len(written) == 2

@@ -26,7 +26,7 @@ from matformer.data.packing import (
 )
 from matformer.data.sources import Document, MediaSpan
 from matformer.engine.denoiser import draw_media
-from matformer.engine.draws import Draws, Row
+from matformer.engine.draws import Draws, Row, Solver
 from matformer.engine.step import loss_weights
 from matformer.layers.flow import noised_rows
 from matformer.layers.noise_levels import levels
@@ -321,6 +321,19 @@ def test_latents_in_sampling_are_those_of_teacher_forcing(predicts: MediaObjecti
     assert sorted(heard) == sorted(units.noised_row_Q.tolist())
     for row, slot in zip(units.noised_row_Q.tolist(), units.noised_slot_Q.tolist(), strict=True):
         torch.testing.assert_close(heard[row], forced_LH[slot], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("solver", "each"), [("euler", 3), ("heun", 6), ("dpm", 3)])
+def test_evaluations_are_counted_over_all_patches(solver: Solver, each: int) -> None:
+    run, heard = next_latent(), []
+    model = model_of(run).requires_grad_(False)
+    draws = Draws(steps=3, guidance=1.0, solver=solver)
+    draw_media(
+        model, prompted(), modality="image", buckets=[1, 0, 1, 0], config=run, draws=draws,
+        on_step=lambda *step: heard.append(step),
+    )  # fmt: skip
+    total = 8 * each  # patches of the larger bucket
+    assert heard == [(done, total) for done in range(1, total + 1)]
 
 
 class GaussianOracle(Coda[MediaUnits]):

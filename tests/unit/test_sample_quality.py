@@ -270,7 +270,9 @@ def test_the_door_draws_and_judges_where_it_is_asked_to(
     save_resolved(run, tmp_path / "t" / "config.yaml")
     assert main([str(tmp_path / "t"), "--judged-samples", "6", "--steps", "2", "--json"]) == 0
     assert "no effect" not in caplog.text
-    *shown, line = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    assert printed.err == "", "no bar where no terminal is"
+    *shown, line = printed.out.splitlines()
     assert any("samples/image_top1 " in one and "real pictures" in one for one in shown)
     assert any("samples/image_top1_gain" in one and "captions unused" in one for one in shown)
     found = json.loads(line)
@@ -281,3 +283,12 @@ def test_the_door_draws_and_judges_where_it_is_asked_to(
         model, run, modality="image", num_samples=6, draws=Draws(steps=2, guidance=quality.DRAWS.guidance)
     )
     assert {name: found[name] for name in expected} == expected
+
+
+def test_batches_and_steps_of_judged_pictures_are_told(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, heard = config(root), []
+    monkeypatch.setattr(quality, "ROWS", 4)
+    watched = {"draws": Draws(steps=2), "watch": lambda *step: heard.append(step)}
+    quality.sample_quality(build(run)[1], run, modality="image", num_samples=6, **watched)
+    names = [f"image, batch {number} of 4" for number in range(1, 5)]  # of own captions, then of others'
+    assert heard == [(name, step, 2) for name in names for step in (1, 2)]

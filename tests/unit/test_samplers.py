@@ -386,6 +386,35 @@ def test_ten_steps_of_dpm_solver_are_nearer_than_ten_of_euler(objective: MediaOb
     assert wrong["dpm"] < 0.5 * wrong["euler"], wrong
 
 
+@pytest.mark.parametrize(("solver", "total"), [("euler", 7), ("heun", 14), ("dpm", 7)])
+@pytest.mark.parametrize("objective", ["flow", "ddpm_eps"])
+def test_every_evaluation_of_the_network_is_told(objective: MediaObjective, solver: Solver, total: int) -> None:
+    run = of_media(config(), objective=objective)
+    model, heard, asked = random_model(run), [], []
+    model.code["image"].register_forward_hook(lambda *_: asked.append(len(asked) + 1))
+    draws = Draws(steps=7, solver=solver)
+
+    def on_step(done: int, of: int) -> None:
+        assert len(asked) == done, "told after the evaluation, once"
+        heard.append((done, of))
+
+    row = Row(0, spans=(given_image(),))
+    draw_media(model, [row], modality="image", buckets=[1], config=run, draws=draws, on_step=on_step)
+    assert heard == [(done, total) for done in range(1, total + 1)]
+
+
+def test_new_bytes_of_the_longest_text_are_told() -> None:
+    run = config()
+    model, heard = random_model(run), []
+    rows = [Row(0, prompt=b"abc"), Row(1)]
+    spans = write_texts(
+        model, rows, config=run, draws=Draws(max_bytes=20), on_step=lambda *step: heard.append(step)
+    )  # fmt: skip
+    longest = max(len(span.data) - len(row.prompt) for row, span in zip(rows, spans, strict=True))
+    assert longest > 2 and [done for done, _ in heard if done] == list(range(1, longest + 1))
+    assert {of for _, of in heard} == {20}
+
+
 def test_dpm_solver_without_diffusers_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers.schedulers.scheduling_dpmsolver_multistep", None)
     with pytest.raises(ConfigError, match=r"--solver dpm needs diffusers.*--solver heun"):

@@ -487,7 +487,10 @@ def test_the_first_end_ends_a_text(objective: str) -> None:
     run = sampling_run(objective)
     model = model_of(run, torch.float32)
     model.code["text"] = Says(lambda place: END if place >= 4 else 97 + place)
-    spans = fill_texts(model, [Row(0), Row(1, prompt=b"xy")], config=run, draws=Draws(max_bytes=30, steps=3))
+    rows, heard = [Row(0), Row(1, prompt=b"xy")], []
+    draws = Draws(max_bytes=30, steps=3)
+    spans = fill_texts(model, rows, config=run, draws=draws, on_step=lambda *step: heard.append(step))
+    assert len({of for _, of in heard}) == 1 and all(2 < done <= of for done, of in heard)
     wanted = [(b"abcd", True), (b"xycd", True)]
     if objective == "block_diffusion":
         assert [(span.data, span.ended) for span in spans] == wanted
