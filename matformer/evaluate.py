@@ -7,7 +7,6 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -15,7 +14,7 @@ from rich.table import Column, Table
 
 from matformer.engine.evaluate import Evaluation, evaluate_run
 from matformer.engine.restore import run_config
-from matformer.engine.sample_quality import DRAWS
+from matformer.engine.sample_quality import DRAWS, draws_for
 from matformer.errors import MatformerError
 from matformer.observe.drawing import drawing_bar
 from matformer.parallel.process import settle
@@ -38,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = run_config(asked.run)
         if drawn and not (config.eval.judged_samples if asked.judged_samples is None else asked.judged_samples):
             log.warning("--%s has no effect without --judged-samples", ", --".join(drawn))
+        draws = draws_for(config, **drawn)
         settle(config.parallel.threads)
         with drawing_bar() as watch:
             evaluation = evaluate_run(
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 text_bytes=asked.text_bytes,
                 media_spans=asked.media_spans,
                 judged=asked.judged_samples,
-                draws=replace(DRAWS, **drawn),
+                draws=draws,
                 data=asked.data,
                 watch=watch,
             )
@@ -133,7 +133,8 @@ def _parser() -> argparse.ArgumentParser:
         "--judged-samples", type=_natural, metavar="N", help="pictures drawn from held-out captions (the run's own)"
     )
     parser.add_argument("--steps", type=_positive, metavar="N", help=f"of denoising a judged picture ({DRAWS.steps})")
-    parser.add_argument("--guidance", type=float, metavar="W", help=f"of judged pictures ({DRAWS.guidance:g})")
+    guidance = f"of judged pictures ({DRAWS.guidance:g}, without data.blind_probability 1)"
+    parser.add_argument("--guidance", type=float, metavar="W", help=guidance)
     parser.add_argument("--seed", type=_natural, metavar="N", help=f"of their noise ({DRAWS.seed})")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     return parser

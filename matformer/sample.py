@@ -8,6 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,10 +19,11 @@ from matformer.config.schema import RunConfig
 from matformer.data.patching import build_patcher
 from matformer.data.sources import TextSpan, text_span
 from matformer.engine.continuation import AUTO, continue_rows
-from matformer.engine.draws import Draws, Row, Solver, Span
+from matformer.engine.denoiser import check_solver
+from matformer.engine.draws import GUIDANCE, Draws, Row, Solver, Span, guidance_for
 from matformer.engine.media import MediaCodec, load_codec
 from matformer.engine.motion import animated
-from matformer.engine.restore import load_for_inference
+from matformer.engine.restore import load_for_inference, run_config
 from matformer.engine.video_file import write_mp4
 from matformer.errors import ConfigError, DataError, MatformerError
 from matformer.observe.drawing import drawing_bar
@@ -45,18 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _sample(asked: argparse.Namespace) -> None:
+    draws = _draws(asked, run_config(asked.run))
     config, host, model = load_for_inference(asked.run, ema=asked.ema)
-    wanted = (*config.model.modalities, AUTO)
-    if asked.want not in wanted:
-        raise ConfigError(f"--want must be one of {', '.join(wanted)}, got {asked.want!r}; choose one of them")
     began = time.perf_counter()
     codecs: dict[str, MediaCodec] = {}
     opening = _opening(asked, config, codecs=codecs)
     rows = [Row(number, *opening) for number in range(asked.num)]
     given = len(opening[0])
     spans = asked.max_spans if asked.want == AUTO else asked.spans
-    names = ("seed", "temperature", "top_p", "max_bytes", "steps", "guidance", "solver")
-    draws = Draws(**{name: getattr(asked, name) for name in names})
     with drawing_bar() as watch:
         continue_rows(model, rows, want=asked.want, config=config, draws=draws, max_spans=spans, watch=watch)
     _make_folder(asked.out)
@@ -70,11 +68,22 @@ def _sample(asked: argparse.Namespace) -> None:
         "audio": _name(asked.audio),
         "media": [[name, str(path)] for name, path in asked.media],
         "want": asked.want,
-        **{name: getattr(asked, name) for name in names},
+        **asdict(draws),
         "samples": samples,
     }
     (asked.out / "samples.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     _show(record, seconds=time.perf_counter() - began, out=asked.out)
+
+
+def _draws(asked: argparse.Namespace, config: RunConfig) -> Draws:
+    """How the run is to draw what is wanted. Raises ConfigError where it cannot, before anything is loaded."""
+    wanted, media = (*config.model.modalities, AUTO), config.model.media
+    if asked.want not in wanted:
+        raise ConfigError(f"--want must be one of {', '.join(wanted)}, got {asked.want!r}; choose one of them")
+    for name in media if asked.want == AUTO else media.keys() & {asked.want}:
+        check_solver(asked.solver, steps=asked.steps, objective=media[name].prediction)
+    names = ("seed", "temperature", "top_p", "max_bytes", "steps", "solver")
+    return Draws(guidance=guidance_for(config, asked.guidance), **{name: getattr(asked, name) for name in names})
 
 
 def _opening(
@@ -174,7 +183,7 @@ def _check(asked: argparse.Namespace) -> None:
         ("max-spans", asked.max_spans >= 1, "at least 1"),
         ("spans", asked.spans >= 1, "at least 1"),
         ("temperature", asked.temperature >= 0, "at least 0"),
-        ("guidance", asked.guidance >= 0, "at least 0"),
+        ("guidance", asked.guidance is None or asked.guidance >= 0, "at least 0"),
         ("top-p", 0 < asked.top_p <= 1, "above 0 and at most 1"),
     )
     for name, holds, rule in rules:
@@ -203,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-spans", type=int, default=8, help="new spans under auto")
     parser.add_argument("--spans", type=int, default=1, help="new media spans of --want: of motion one is a frame")
     parser.add_argument("--steps", type=int, default=standard.steps, help="of denoising")
-    parser.add_argument("--guidance", type=float, default=standard.guidance, help="1 is none")
+    parser.add_argument("--guidance", type=float, help=f"1 is none ({GUIDANCE:g}, without data.blind_probability 1)")
     parser.add_argument("--solver", choices=get_args(Solver), default=standard.solver)
     parser.add_argument("--no-ema", dest="ema", action="store_false", help="the last weights, not their average")
     return parser

@@ -311,7 +311,9 @@ class DataConfig(Section):
     sequence_latents: Positive = Field(description="S, latents of a sequence")
     patcher: PatcherConfig = PatcherConfig()
     sources: dict[str, SourceConfig]
-    blind_probability: Fraction = Field(default=0.1, description="share of generated spans without their condition")
+    blind_probability: Fraction = Field(
+        default=0.1, description="share of generated spans without their condition; 0: no guidance"
+    )
     time_sampler: TimeSampler = Field(
         default="logit_normal", description="law of u before the shift; mode: SD3's, with scale 1.29"
     )

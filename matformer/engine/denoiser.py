@@ -14,10 +14,10 @@ from torch import Tensor
 from matformer.config.schema import MediaObjective, RunConfig
 from matformer.data.packing import DrawNoise, Noise, Piece, Place, document_positions, draw_zeros, pack_batch
 from matformer.data.sources import Document, MediaSpan, tree_of
-from matformer.engine.dpm_solver import denoise_by_dpm
+from matformer.engine.dpm_solver import denoise_by_dpm, scheduler_of
 from matformer.engine.draws import Draws, OnStep, Row, Solver, dice_of, empty_span, given, unwatched
 from matformer.engine.trees import draw_trees
-from matformer.errors import ParcelError
+from matformer.errors import CheckpointError, ConfigError, ParcelError
 from matformer.layers.noise_levels import levels, time_of_log_snr
 from matformer.layers.patchify import unpatchify
 from matformer.model import Matformer
@@ -42,8 +42,8 @@ def draw_media(
     """One span of `modality` a row, of the shape that `buckets` names, denoised from t = 1 to 0.
 
     `on_step` hears of every evaluation of the network.
-    What a row gets does not depend on the rows beside it.
-    Raises ParcelError where it does not fit into the sequence.
+    What a row gets does not depend on the rows beside it. Raises ParcelError where it does not fit into the sequence,
+    CheckpointError or ConfigError, whichever is the cause, where a span is not finite.
     """
     media = config.model.media[modality]
     trees: Sequence[np.ndarray | None] = [None] * len(rows)
@@ -68,6 +68,8 @@ def draw_media(
         x_QF = denoise(
             velocity, start, steps=draws.steps, solver=draws.solver, objective=media.prediction, on_step=on_step
         )
+    if not x_QF.isfinite().all():
+        raise _not_finite(model, modality=modality, draws=draws)
     latents = [
         unpatchify(x_NF, grid=media.buckets[bucket], patch=media.patch).numpy()
         for x_NF, bucket in zip(x_QF.split(sizes), buckets, strict=True)
@@ -76,6 +78,26 @@ def draw_media(
         replace(one, latent=latent, tree=tree_of(latent, media=media))
         for one, latent in zip(empty, latents, strict=True)
     ]
+
+
+def _not_finite(model: Matformer, *, modality: str, draws: Draws) -> CheckpointError | ConfigError:
+    """Who is to blame for what was drawn: the weights, or how it was drawn."""
+    broken = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    if broken:
+        return CheckpointError(
+            f"the weights of a run must be finite, got nan or infinity in {len(broken)} of them, first in {broken[0]}; "
+            "remove this checkpoint or train again"
+        )
+    return ConfigError(
+        f"{modality} that is drawn must be finite, got nan or infinity by --solver {draws.solver} --steps "
+        f"{draws.steps} --guidance {draws.guidance:g}; change one of these"
+    )
+
+
+def check_solver(solver: Solver, *, steps: int, objective: MediaObjective) -> None:
+    """Raises ConfigError where `denoise` would: before anything is loaded."""
+    if solver == "dpm":
+        scheduler_of(objective, steps=steps, first_log_snr=FIRST_LOG_SNR)
 
 
 def denoise(
@@ -89,10 +111,11 @@ def denoise(
 ) -> Tensor:
     """x_0 of x_1 = `x` along the objective's path, in equal steps of t.
 
-    Source: Karras 2022, algorithm 1 (Heun).
-
     velocity: dx/dt on the straight path, dx/dangle = v on DDPM's circle; there an Euler step is DDIM's (Song 2021).
-    on_step: hears of every evaluation of it; Heun asks twice a step.
+    on_step: hears of every evaluation of it; Heun asks twice a step. Raises ConfigError as `scheduler_of`.
+    Source: Karras 2022, algorithm 1 (Heun). Theirs ends with an Euler step, because (x - D) / sigma is 0 / 0 at the
+    end; a velocity is not, so ours corrects the last step too, at t = 0: the exact velocity of a Gaussian of spread 0.4
+    leads to 0.406 in 5 steps, to 0.351 with an Euler step last, to 0.339 by Euler in 10.
     """
     velocity = _counted(velocity, on_step, total=2 * steps if solver == "heun" else steps)
     if solver == "dpm":

@@ -22,18 +22,22 @@ def denoise_by_dpm(
 ) -> Tensor:
     """x_0 of x_1 = `x`; `velocity` is eps - x on the straight path, v on DDPM's circle, as in `denoiser.denoise`.
 
-    flow: sigmas from 0.999 down, evenly. DDPM: indices evenly from `first_log_snr` down. Raises ConfigError without
-    diffusers.
+    flow: sigmas from 0.999 down, evenly. DDPM: indices evenly from `first_log_snr` down. Raises ConfigError as
+    `scheduler_of`.
     """
-    scheduler = _scheduler(objective, first_log_snr=first_log_snr)
-    scheduler.set_timesteps(steps)
+    scheduler = scheduler_of(objective, steps=steps, first_log_snr=first_log_snr)
     for place, index in enumerate(scheduler.timesteps):
         time = float(scheduler.sigmas[place]) if objective == "flow" else (float(index) + 0.5) / NUM_INDICES
         x = scheduler.step(velocity(x, time), index, x, return_dict=False)[0]
     return x
 
 
-def _scheduler(objective: MediaObjective, *, first_log_snr: float) -> Any:  # noqa: ANN401 - diffusers has no types
+def scheduler_of(objective: MediaObjective, *, steps: int, first_log_snr: float) -> Any:  # noqa: ANN401
+    """diffusers' scheduler, its steps set.
+
+    Raises ConfigError without diffusers, or for more steps than there are indices of DDPM to take: diffusers rounds to
+    whole ones, and a step from an index to the same one divides by zero.
+    """
     try:
         from diffusers.schedulers.scheduling_dpmsolver_multistep import (  # noqa: PLC0415  optional: the extra `media`
             DPMSolverMultistepScheduler,
@@ -44,7 +48,17 @@ def _scheduler(objective: MediaObjective, *, first_log_snr: float) -> Any:  # no
             "--solver heun"
         ) from error
     if objective == "flow":
-        return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
-    return DPMSolverMultistepScheduler(
+        scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+        scheduler.set_timesteps(steps)
+        return scheduler
+    scheduler = DPMSolverMultistepScheduler(
         prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2", lambda_min_clipped=first_log_snr / 2
     )
+    scheduler.set_timesteps(steps)
+    most = int(scheduler.timesteps[0])  # to index 0 in steps of at least 1
+    if steps > most:
+        raise ConfigError(
+            f"--steps must be at most {most} for --solver dpm under {objective}, got {steps}; lower --steps or choose "
+            "--solver heun"
+        )
+    return scheduler

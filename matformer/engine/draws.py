@@ -12,8 +12,9 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from matformer.config.schema import MediaConfig
+from matformer.config.schema import MediaConfig, RunConfig
 from matformer.data.sources import MediaSpan, TextSpan
+from matformer.errors import ConfigError
 from matformer.parallel.seeds import generator
 
 Span = TextSpan | MediaSpan
@@ -22,6 +23,7 @@ OnStep = Callable[[int, int], None]
 """Told after each step how many are done, and of how many."""
 Watch = Callable[[str, int, int | None], None]
 """Told what is made, how many of its steps are done, and of how many; None where nobody knows."""
+GUIDANCE = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class Draws:
 
     temperature: 0 takes the likeliest answer. top_p: probability mass of the likeliest answers that may be drawn.
     max_bytes: new bytes of a text span. steps: of the way from t = 1 to 0. guidance: w of
-    v_blind + w (v_cond - v_blind); 1 leaves the blind rows out.
+    v_blind + w (v_cond - v_blind); 1 leaves the blind rows out (see `guidance_for`).
     """
 
     seed: int = 0
@@ -38,7 +40,7 @@ class Draws:
     top_p: float = 0.95
     max_bytes: int = 256
     steps: int = 50
-    guidance: float = 2.0
+    guidance: float = GUIDANCE
     solver: Solver = "euler"
 
 
@@ -57,6 +59,21 @@ class Row:
 
 def unwatched(*_: object) -> None:
     """An `OnStep` or a `Watch` of nobody."""
+
+
+def guidance_for(config: RunConfig, asked: float | None = None, *, standard: float = GUIDANCE) -> float:
+    """What is asked for, else `standard`; 1 where the run never learned what there is without a condition.
+
+    Raises ConfigError where such a run is asked for another.
+    """
+    if config.data.blind_probability > 0:
+        return standard if asked is None else asked
+    if asked not in (None, 1):
+        raise ConfigError(
+            f"--guidance must be 1 (none) where data.blind_probability is 0: nothing was learned without its "
+            f"condition, got {asked:g}; leave --guidance out, or train with a higher data.blind_probability"
+        )
+    return 1.0
 
 
 def draw_answer(logits: Float[np.ndarray, " answers"], *, draws: Draws, dice: np.random.Generator) -> int:

@@ -28,7 +28,7 @@ from matformer.engine.document_sums import Documents, document_sums, gather_docu
 from matformer.engine.draws import Draws, Watch, unwatched
 from matformer.engine.paired import caption_gain
 from matformer.engine.restore import load_for_inference
-from matformer.engine.sample_quality import DRAWS, judged_samples
+from matformer.engine.sample_quality import judged_samples
 from matformer.engine.tree_arms import tree_arms
 from matformer.files import write_whole
 from matformer.hosts.base import Host
@@ -126,16 +126,16 @@ def evaluate_run(
     text_bytes: int | None = None,
     media_spans: int | None = None,
     judged: int | None = None,
-    draws: Draws = DRAWS,
+    draws: Draws | None = None,
     data: Path | None = None,
     watch: Watch = unwatched,
 ) -> Evaluation:
     """Everything about a run's newest good checkpoint, on one plain rank; kept as evaluation.json and baselines.json.
 
-    Amounts are those of the run's `eval`, unless given; judged pictures are drawn by `draws`. `watch` hears of what is
-    going on. evaluation.json keeps what it holds of the same step. With `data`, a text data set, its held-out documents
-    alone are scored, all unless `text_bytes` says less, and nothing is kept. Raises ConfigError, CheckpointError or
-    DataError.
+    Amounts are those of the run's `eval`, unless given; judged pictures are drawn by `draws`, else `draws_for`. `watch`
+    hears of what is going on. evaluation.json keeps what it holds of the same step. With `data`, a text data set, its
+    held-out documents alone are scored, all unless `text_bytes` says less, and nothing is kept. Raises ConfigError,
+    CheckpointError or DataError.
     """
     config, host, model = load_for_inference(run_folder, ema=ema)
     if data is not None:

@@ -28,7 +28,7 @@ from matformer.data.holdings import manifest_of
 from matformer.data.loader import Loader
 from matformer.data.sources import Document, MediaSpan, Source, TextSpan, open_source
 from matformer.engine.continuation import continue_rows
-from matformer.engine.draws import Draws, Row, given
+from matformer.engine.draws import Draws, Row, given, guidance_for
 from matformer.engine.folder import RunFolder, State
 from matformer.engine.media import MediaCodec, load_codec
 from matformer.engine.motion import animated
@@ -66,7 +66,7 @@ def make_gallery(
     config, _, model = load_for_inference(run_folder, ema=True)
     folder = RunFolder(Path(run_folder), State.RESUME).samples
     folder.mkdir(parents=True, exist_ok=True)
-    gallery = _Gallery(model, config, folder, Draws(seed=seed, steps=steps))
+    gallery = _Gallery(model, config, folder, Draws(seed=seed, steps=steps, guidance=guidance_for(config)))
     samples = {
         "text": gallery.texts(num_texts),
         "image": gallery.media("image", num_images, words=CAPTION),

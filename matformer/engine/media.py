@@ -59,7 +59,12 @@ class MediaCodec:
         return SUFFIXES[self.preparation.modality][0]
 
     def write(self, path: Path, media: Tensor) -> None:
-        """A medium as `decode` gives it into a file named by `suffix`."""
+        """A medium as `decode` gives it into a file named by `suffix`. Raises DataError where it is not finite."""
+        if not media.isfinite().all():
+            raise DataError(
+                f"a medium of {self.modality} must be finite to be written, got nan or infinity for {path}; prepare "
+                "data.root again, its autoencoder gives no numbers"
+            )
         rate = self.autoencoder.sample_rate
         if rate is not None:
             soundfile.write(path, media.clamp(-1, 1).T.numpy(), rate, subtype="PCM_16")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from matformer.data.patching import build_patcher
 from matformer.data.sources import MediaSpan, Source, text_span
 from matformer.engine.classifier import seen
 from matformer.engine.denoiser import draw_media
-from matformer.engine.draws import Draws, Row, Watch, unwatched
+from matformer.engine.draws import Draws, Row, Watch, guidance_for, unwatched
 from matformer.engine.frechet import fitted, frechet_distance
 from matformer.engine.judge import Judge, decoded, group_of, load_judge, picture_sources
 from matformer.engine.media import MediaCodec, load_codec
@@ -47,13 +48,18 @@ class Judged:
     label_n: Int[np.ndarray, " n"]
 
 
+def draws_for(config: RunConfig, *, guidance: float | None = None, **others: Any) -> Draws:  # noqa: ANN401
+    """DRAWS with these changed, guided as far as the run learned to be. Raises ConfigError as `guidance_for`."""
+    return replace(DRAWS, guidance=guidance_for(config, guidance, standard=DRAWS.guidance), **others)
+
+
 def sample_quality(
     model: Matformer,
     config: RunConfig,
     *,
     modality: str,
     num_samples: int,
-    draws: Draws = DRAWS,
+    draws: Draws | None = None,
     watch: Watch = unwatched,
 ) -> dict[str, float]:
     """Keys `heldout/samples/<modality>_...` of up to `num_samples` held-out captions, every concept once first.
@@ -64,6 +70,7 @@ def sample_quality(
     Standard errors are clustered by concept. `frechet`: distance of the features of drawn pictures from those of train
     pictures; `frechet_real`: that of the real ones. Raises DataError if data cannot be read or say no kinds.
     """
+    draws = draws or draws_for(config)
     judge, codec = load_judge(config, modality=modality), load_codec(config, modality)
     asked = asked_for(config, judge, modality=modality, num_samples=num_samples)
     if not asked:
@@ -82,7 +89,7 @@ def sample_quality(
 
 
 def judged_samples(
-    model: Matformer, config: RunConfig, *, draws: Draws = DRAWS, watch: Watch = unwatched
+    model: Matformer, config: RunConfig, *, draws: Draws | None = None, watch: Watch = unwatched
 ) -> dict[str, float]:
     """`sample_quality` of every modality of pictures, `eval.judged_samples` of each."""
     found: dict[str, float] = {}

@@ -84,6 +84,15 @@ def test_all_channels_of_a_sound_are_written_and_one_stays_mono(tmp_path: Path) 
         assert np.abs(back - wave.T).max() < 1e-4
 
 
+def test_what_is_not_finite_is_not_written(tmp_path: Path) -> None:
+    for codec, shape in ((picture_codec(), (3, 64, 64)), (sound_codec(), (1, 160))):
+        media = torch.zeros(shape)
+        media[0, 0] = torch.nan
+        with pytest.raises(DataError, match=f"a medium of {codec.modality} must be finite to be written"):
+            codec.write(tmp_path / f"out{codec.suffix}", media)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_cannot_be_read_or_is_too_long_is_one_sentence(tmp_path: Path) -> None:
     bad = tmp_path / "bad"
     bad.write_text("nothing of the kind")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -33,10 +34,18 @@ from matformer.data.patching import TokenPatcher, build_patcher, text_symbols
 from matformer.data.pieces import train_pieces
 from matformer.data.sources import Document, MediaSpan, TextSpan, media_span, text_span
 from matformer.engine.continuation import ask, continue_rows
-from matformer.engine.denoiser import denoise, denoising_batch, draw_media, guided_velocity, moved
+from matformer.engine.denoiser import (
+    Velocity,
+    check_solver,
+    denoise,
+    denoising_batch,
+    draw_media,
+    guided_velocity,
+    moved,
+)
 from matformer.engine.draws import Draws, Row, Solver, draw_answer
 from matformer.engine.text_writer import TextWriter, write_texts
-from matformer.errors import ConfigError, ParcelError
+from matformer.errors import CheckpointError, ConfigError, ParcelError
 from matformer.hosts.plain import PlainHost
 from matformer.layers.flow import noised_rows
 from matformer.layers.noise_levels import levels
@@ -366,20 +375,67 @@ def test_the_exact_velocity_of_a_gaussian_gives_its_mean_and_spread(
         assert np.abs(x_0 - (0.7 + 0.4 * x_1)).max() < tolerance
 
 
-@pytest.mark.parametrize("objective", ["flow", "ddpm_v"])
-def test_ten_steps_of_dpm_solver_are_nearer_than_ten_of_euler(objective: MediaObjective) -> None:
-    """x ~ N(0.7, 0.4^2), whose way from t = 1 to 0 is known."""
+def known_velocity(objective: MediaObjective, asked: list[float] | None = None) -> Velocity:
+    """Of x ~ N(0.7, 0.4^2), whose way from t = 1 to 0 is known: to 0.7 + 0.4 x_1."""
 
     def velocity(x: Tensor, time: float) -> Tensor:
+        if asked is not None:
+            asked.append(time)
         at = levels(torch.tensor(time, dtype=torch.float64), objective=objective)
         surprise = (x - at.alpha * 0.7) / (at.alpha.square() * 0.16 + at.sigma.square())
         clean, noise = 0.7 + at.alpha * 0.16 * surprise, at.sigma * surprise
         return noise - clean if objective == "flow" else at.alpha * noise - at.sigma * clean
 
+    return velocity
+
+
+@pytest.mark.parametrize(("objective", "most"), [("ddpm_eps", 987), ("ddpm_v", 987), ("flow", None)])
+def test_dpm_solver_takes_as_many_steps_as_there_are_indices_and_no_more(
+    objective: MediaObjective, most: int | None
+) -> None:
+    x_1 = torch.linspace(-2, 2, 21, dtype=torch.float64)
+    found = denoise(known_velocity(objective), x_1, steps=most or 2000, solver="dpm", objective=objective)
+    assert (found - (0.7 + 0.4 * x_1)).abs().max() < 0.01
+    if most is not None:
+        for refuse in (
+            lambda: check_solver("dpm", steps=most + 1, objective=objective),
+            lambda: denoise(known_velocity(objective), x_1, steps=most + 1, solver="dpm", objective=objective),
+        ):
+            with pytest.raises(ConfigError, match=f"--steps must be at most {most} for --solver dpm.*--solver heun$"):
+                refuse()
+    check_solver("heun", steps=5000, objective=objective)
+
+
+@pytest.mark.parametrize(("objective", "tolerance"), [("flow", 0.01), ("ddpm_v", 0.03)])
+def test_heun_corrects_its_last_step_too(objective: MediaObjective, tolerance: float) -> None:
+    x_1, asked = torch.linspace(-2, 2, 21, dtype=torch.float64), []
+    x_0 = denoise(known_velocity(objective, asked), x_1, steps=5, solver="heun", objective=objective)
+    assert asked[-1] == 0.0 and len(asked) == 10
+    assert float((x_0[-1] - x_0[0]) / (x_1[-1] - x_1[0])) == pytest.approx(0.4, abs=tolerance)
+
+
+def test_what_is_not_finite_is_never_drawn_in_silence() -> None:
+    run, row = config(), Row(0, spans=(given_image(),))
+    asked = {"modality": "image", "buckets": [1], "config": run, "draws": Draws(steps=2, guidance=3.0)}
+    model = random_model(run)
+    model.code["image"] = GaussianCoda(math.nan, 0.4)
+    with pytest.raises(ConfigError, match="image that is drawn must be finite.*--solver euler --steps 2 --guidance 3;"):
+        draw_media(model, [row], **asked)
+    broken = random_model(run)
+    name, parameter = next((n, p) for n, p in broken.named_parameters() if n.startswith("code.image"))
+    parameter.view(-1)[0] = torch.inf
+    with pytest.raises(CheckpointError, match=f"weights of a run must be finite.* in 1 of them, first in {name};"):
+        draw_media(broken, [row], **asked)
+
+
+@pytest.mark.parametrize("objective", ["flow", "ddpm_v"])
+def test_ten_steps_of_dpm_solver_are_nearer_than_ten_of_euler(objective: MediaObjective) -> None:
     x_1 = torch.linspace(-2, 2, 21, dtype=torch.float64)
     wrong = {
         solver: float(
-            (denoise(velocity, x_1, steps=10, solver=solver, objective=objective) - (0.7 + 0.4 * x_1)).abs().max()
+            (denoise(known_velocity(objective), x_1, steps=10, solver=solver, objective=objective) - (0.7 + 0.4 * x_1))
+            .abs()
+            .max()
         )
         for solver in get_args(Solver)
     }
