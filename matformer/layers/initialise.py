@@ -17,8 +17,9 @@ def initial_value(name: str, shape: tuple[int, ...], *, seed: int, depth: int) -
 
     Norm weights are 1; biases, the last layers of a media Coda and of modulations by time 0; embeddings normal
     with std 0.5 (0.02 is drowned by the first layers: docs/LOG.md), but tables of n-grams and the detail of
-    merged patches 0; output heads 0.02; other matrices 1 / sqrt(fan in),
-    those that write into the residual stream divided by sqrt(2 depth). Source: GPT-2, section 2.3, for the latter.
+    merged patches 0; `head` of text, router and trees, and what a tree's head makes of its header, 0.02; other
+    matrices (the heads of shape buckets and of patch ends too) 1 / sqrt(fan in), those that write into the residual
+    stream divided by sqrt(2 depth). Source: GPT-2, section 2.3, for the latter.
     """
     kind = name.rsplit(".", 1)[-1]
     if "norm" in name and kind == "weight":
