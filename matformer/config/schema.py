@@ -386,7 +386,7 @@ class TrainConfig(Section):
     schedule: Literal["cosine", "wsd"] = "cosine"
     warmup_steps: Natural = 0
     decay_fraction: Fraction = Field(default=0.2, description="wsd: share of the steps that decay, at the end")
-    min_lr_ratio: Fraction = Field(default=0.05, description="over the peak, where the schedule ends: behind the last step")
+    min_lr_ratio: Fraction = Field(default=0.05, description="over the peak, at the end: behind the last step")
     betas: tuple[float, float] = (0.9, 0.95)
     epsilon: float = Field(default=1e-8, gt=0.0)
     weight_decay: Ratio = Field(default=0.1, description="on matrices; norms, biases and embeddings have none")
