@@ -2,8 +2,9 @@
 
     python tools/calibrate.py --out configs/device/cpu.yaml --name "this CPU"
 
-A minute. On a GPU the products are bfloat16, on a CPU float32 with the threads that torch takes. The links are measured
-between two processes of this machine (gloo); on a node of GPUs write the links of the data sheet over them.
+A minute. On a GPU the products are bfloat16 (of float32 the peak alone is measured), on a CPU float32 with the threads
+that torch takes. The links are measured between two processes of this machine (gloo); on a node of GPUs write the links
+of the data sheet over them.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ def fastest(call: Callable[[], object], *, times: int = 4) -> float:
     return min(found[1:])
 
 
-def peak_flops() -> float:
+def peak_flops(dtype: torch.dtype) -> float:
     """Of one square product."""
-    a, b = (torch.randn(SIDE, SIDE, device=DEVICE, dtype=DTYPE) for _ in range(2))
+    a, b = (torch.randn(SIDE, SIDE, device=DEVICE, dtype=dtype) for _ in range(2))
     return 2 * SIDE**3 / fastest(lambda: a @ b)
 
 
@@ -121,7 +122,7 @@ def main() -> None:
 
 def measured(name: str) -> str:
     """The file. share(w) = share * w / (w + half), through the two layers that were timed."""
-    peak, wide, narrow = peak_flops(), layer_flops(WIDE), layer_flops(NARROW)
+    peak, wide, narrow = peak_flops(DTYPE), layer_flops(WIDE), layer_flops(NARROW)
     half = max(0.0, (wide - narrow) / (narrow / NARROW - wide / WIDE))
     share = min(1.0, wide / peak * (WIDE + half) / WIDE)
     rate, latency = link_rate()
@@ -130,6 +131,7 @@ def measured(name: str) -> str:
         "name": name,
         "source": f"measured by tools/calibrate.py on {date.today()}, torch {torch.__version__}{cores}",
         "peak_tflops": round(peak / 1e12, 4),
+        **({"float32_tflops": round(peak_flops(torch.float32) / 1e12, 4)} if DEVICE.type == "cuda" else {}),
         "achieved_share": round(share, 3),
         "half_width": round(half),
         "memory_gib": round(memory_bytes() / 2**30, 1),

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field, ValidationError
 
 from matformer.config.load import read_yaml
-from matformer.config.schema import Fraction, Positive, Ratio, Section
+from matformer.config.schema import Dtype, Fraction, Positive, Ratio, Section
 from matformer.errors import ConfigError
 
 Amount = Annotated[float, Field(gt=0.0)]
@@ -20,6 +20,7 @@ class DeviceConfig(Section):
     name: str
     source: str = Field(description="where the numbers come from: measured how and when, or data sheet")
     peak_tflops: Amount = Field(description="dense products of matrices: bfloat16 on GPUs, float32 on CPUs")
+    float32_tflops: Amount | None = Field(None, description="the same in float32 where that is another number, no TF32")
     achieved_share: Fraction = Field(description="of the peak in wide layers, everything between products included")
     half_width: Ratio = Field(description="width of a product that reaches half of that share")
     memory_gib: Amount
@@ -33,6 +34,11 @@ class DeviceConfig(Section):
     @property
     def usable_bytes(self) -> float:
         return self.memory_gib * 2**30 * self.usable_share
+
+    def peak(self, dtype: Dtype) -> float:
+        """FLOPs a second of dense products of matrices in this dtype."""
+        own = self.float32_tflops if dtype == "float32" else None
+        return (own or self.peak_tflops) * 1e12
 
 
 def load_device(path: Path | str) -> DeviceConfig:

@@ -21,6 +21,7 @@ LossWeighting = Literal["none", "min_snr", "cosmap"]
 MediaContext = Literal["clean_copy", "noised"]
 CodaKind = Literal["linear", "mlp", "dit"]
 Recompute = Literal["none", "selective", "full"]
+Dtype = Literal["float32", "bfloat16"]
 Ngrams = tuple[Annotated[int, Field(ge=2)], ...]
 
 
@@ -341,7 +342,7 @@ class ParallelConfig(Section):
     balance_ranks: Positive = Field(
         default=8, description="most data-parallel ranks that deal their rows out by FLOPs; each reads the rows of all"
     )
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     host: Literal["megatron", "plain"] = Field(default="megatron", description="plain: one rank, torch alone")
     threads: Natural = Field(default=0, description="CPU threads a rank; 0: OMP_NUM_THREADS, else a share of the cores")
     timeout_seconds: Positive = Field(default=600, description="limit of one collective")

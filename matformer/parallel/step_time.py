@@ -13,10 +13,10 @@ from math import ceil
 from typing import NamedTuple
 
 from matformer.config.device import DeviceConfig
-from matformer.config.schema import ModelConfig, ParallelConfig, RunConfig
+from matformer.config.schema import Dtype, ModelConfig, ParallelConfig, RunConfig
 from matformer.parallel.activations import FLOAT32, exchanged
 from matformer.parallel.counts import Counts
-from matformer.parallel.flops import Flops, added, flops_again, flops_by_part
+from matformer.parallel.flops import added, flops_again, flops_by_part
 from matformer.parallel.memory import LARGEST_BUCKET, Stage, different_stages, parameters_of_stage, size_of
 from matformer.parallel.pipeline import sends
 
@@ -73,7 +73,7 @@ def step_time(config: RunConfig, counts: Counts, device: DeviceConfig) -> StepTi
         share=0.0,
     )
     total = config.parallel.dp * many * added(_flops_by_part(config.model, counts)).total
-    share = total / (seconds.total * config.parallel.ranks * device.peak_tflops * 1e12)
+    share = total / (seconds.total * config.parallel.ranks * device.peak(config.parallel.dtype))
     return replace(seconds, share=share)
 
 
@@ -95,9 +95,9 @@ def _pass(config: RunConfig, counts: Counts, stage: Stage, device: DeviceConfig)
     )
 
 
-def _rate(width: float, device: DeviceConfig) -> float:
+def _rate(width: float, device: DeviceConfig, *, dtype: Dtype) -> float:
     """FLOPs a second of products of this width on one rank."""
-    return device.peak_tflops * 1e12 * device.achieved_share * width / (width + device.half_width)
+    return device.peak(dtype) * device.achieved_share * width / (width + device.half_width)
 
 
 def _link(device: DeviceConfig, *, ranks: int) -> float:
@@ -108,13 +108,13 @@ def _link(device: DeviceConfig, *, ranks: int) -> float:
 
 def _compute(config: RunConfig, counts: Counts, stage: Stage, device: DeviceConfig) -> float:
     """Seconds of one microbatch's products on a stage, both ways; each rank that holds it has its part of the units."""
-    model, ranks = config.model, config.parallel.share_ranks
+    model, ranks, dtype = config.model, config.parallel.share_ranks, config.parallel.dtype
     by_part = _flops_by_part(model, counts)
     atto = by_part["atto"].total * stage.layers / model.atto.layers / ranks
-    seconds = atto / _rate(model.atto.width / config.parallel.tp, device)
+    seconds = atto / _rate(model.atto.width / config.parallel.tp, device, dtype=dtype)
     for name, flops in by_part.items():
         if stage.holds(name):
-            seconds += _part_seconds(model, name, flops, device) / ranks
+            seconds += flops.total / _rate(_width(model, name), device, dtype=dtype) / ranks
     return seconds
 
 
@@ -122,13 +122,13 @@ def _again(config: RunConfig, counts: Counts, stage: Stage, device: DeviceConfig
     """Seconds of one microbatch's products on a stage that its way back repeats."""
     model, parallel = config.model, config.parallel
     flops = flops_again(model, counts, parallel.recompute) * stage.layers / model.atto.layers / parallel.share_ranks
-    return flops / _rate(model.atto.width / parallel.tp, device)
+    return flops / _rate(model.atto.width / parallel.tp, device, dtype=parallel.dtype)
 
 
-def _part_seconds(model: ModelConfig, name: str, flops: Flops, device: DeviceConfig) -> float:
+def _width(model: ModelConfig, name: str) -> int:
+    """Of the products of a part beside the Atto."""
     medium = name.split("/")[-1]
-    width = model.media[medium].coda_width if medium in model.media else model.text.width
-    return flops.total / _rate(width, device)
+    return model.media[medium].coda_width if medium in model.media else model.text.width
 
 
 def _boundary(config: RunConfig, counts: Counts) -> float:

@@ -266,6 +266,20 @@ def test_a_slower_device_takes_longer_and_a_smaller_holds_less() -> None:
     assert fast.fits(H100) and not slow.fits(half)
 
 
+def test_float32_is_timed_at_its_own_peak_where_the_device_says_one() -> None:
+    half, full = (run_of("1b", "parallel.dp=8", f"parallel.dtype={dtype}") for dtype in ("bfloat16", "float32"))
+    assert estimate_of(full).time.compute == pytest.approx(989 / 67 * estimate_of(half).time.compute)
+    works = [(one := estimate_of(run).time).share * one.total * peak for run, peak in ((half, 989), (full, 67))]
+    assert works[0] == pytest.approx(works[1])
+    again = [
+        run.model_copy(update={"parallel": run.parallel.model_copy(update={"recompute": "full"})})
+        for run in (half, full)
+    ]
+    assert estimate_of(again[1]).time.again == pytest.approx(989 / 67 * estimate_of(again[0]).time.again)
+    cpu = load_device(CONFIGS / "device" / "cpu.yaml")
+    assert estimate_of(full, cpu).time.compute == estimate_of(half, cpu).time.compute
+
+
 def test_encoders_shared_out_over_tensor_ranks_take_less_time() -> None:
     two, four = (estimate_of(run_of("1b", f"parallel.tp={tp}")) for tp in (2, 4))
     assert four.memory.activations < two.memory.activations
