@@ -29,7 +29,8 @@ from data_prep.quality import SSIM_WINDOW, channel_statistics, mel_distance, psn
 from matformer.autoencoders import Autoencoder, load_autoencoder
 from matformer.autoencoders.acceptance import RECORD_FOLDER, Acceptance
 from matformer.autoencoders.preparation import SUFFIXES, Preparation, as_media
-from matformer.errors import DataError, MatformerError
+from matformer.door import door
+from matformer.errors import DataError
 
 log = logging.getLogger("data_prep.accept_autoencoder")
 
@@ -59,6 +60,7 @@ class Findings:
         return found
 
 
+@door
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, or 2 with one sentence on stderr."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
@@ -82,9 +84,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"the autoencoder in {asked.autoencoder} must meet its thresholds, got {'; '.join(record.failed)} "
                 f"(see {out}); use a better one, or change --min-psnr, --min-ssim or --max-mel"
             )
-    except MatformerError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
     except OSError as error:
         sys.stderr.write(f"the record must be written, got: {error}; free space or change --out\n")
         return 2

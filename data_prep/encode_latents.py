@@ -45,7 +45,8 @@ from matformer.autoencoders import Autoencoder, load_autoencoder
 from matformer.autoencoders.acceptance import RECORD_FOLDER, Acceptance, require_accepted
 from matformer.autoencoders.preparation import SUFFIXES
 from matformer.data.shards import ShardReader, ShardWriter
-from matformer.errors import DataError, MatformerError
+from matformer.door import door
+from matformer.errors import DataError
 
 log = logging.getLogger("data_prep.encode_latents")
 
@@ -117,6 +118,7 @@ class ChannelSums:
         }
 
 
+@door
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, or 2 with one sentence on stderr."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
@@ -133,9 +135,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 bad=bad,
             )  # fmt: skip
             _finish(asked, jobs, autoencoder=autoencoder, record=record, coder=coder, bad=bad, work=work)
-    except MatformerError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
     except OSError as error:
         sys.stderr.write(f"{asked.out} must be a folder that can be written, got: {error}; change --out\n")
         return 2

@@ -40,7 +40,8 @@ from matformer.autoencoders.acceptance import RECORD_FOLDER, Acceptance
 from matformer.autoencoders.motion_field import warp
 from matformer.autoencoders.patch_pca import to_signed
 from matformer.data.shards import ShardWriter
-from matformer.errors import DataError, MatformerError
+from matformer.door import door
+from matformer.errors import DataError
 
 log = logging.getLogger("data_prep.film")
 
@@ -82,15 +83,13 @@ class Coder:
     latents: dict[str, Any]
 
 
+@door
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, or 2 with one sentence on stderr."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     asked = _parser().parse_args(arguments)
     try:
         prepare(asked.out.absolute(), film=_film(asked), num_pans=asked.pans)
-    except MatformerError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
     except OSError as error:
         sys.stderr.write(f"{asked.out} must be a folder that can be written, got: {error}; change --out\n")
         return 2

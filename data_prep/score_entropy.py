@@ -33,7 +33,8 @@ from matformer.data.matching import pick_threshold
 from matformer.data.patching import EntropyPatcher
 from matformer.data.shards import ShardReader, ShardWriter
 from matformer.data.texts import open_texts, texts_of
-from matformer.errors import DataError, MatformerError
+from matformer.door import door
+from matformer.errors import DataError
 from matformer.files import write_whole
 
 log = logging.getLogger("data_prep.score_entropy")
@@ -54,6 +55,7 @@ class Job:
     num_bytes: int
 
 
+@door
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0, or 2 with one sentence on stderr."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
@@ -72,9 +74,6 @@ def main(arguments: list[str] | None = None) -> int:
             log.info("%s: %.3f symbols a patch", asked.out / split, mean)
         os.replace(work / "whole", asked.out)
         shutil.rmtree(work)
-    except MatformerError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
     except OSError as error:
         sys.stderr.write(
             f"{asked.out} must be a folder that can be written, got: {error}; free space or change --out\n"

@@ -32,7 +32,8 @@ from data_prep.save import save_whole
 from data_prep.speech import SAMPLE_RATE, all_prompts, spoken_names
 from matformer.autoencoders import Autoencoder, ConvolutionalAutoencoder
 from matformer.autoencoders.preparation import SUFFIXES, as_media
-from matformer.errors import DataError, MatformerError
+from matformer.door import door
+from matformer.errors import DataError
 
 log = logging.getLogger("data_prep.train_autoencoder")
 
@@ -46,23 +47,18 @@ CROP_CELLS = 64
 Samples = list[tuple[str, np.ndarray]]
 
 
+@door
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, or 2 with one sentence on stderr."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     asked = _parser().parse_args(arguments)
-    try:
-        if asked.out.exists():
-            raise DataError(f"{asked.out} must not exist yet, got a folder or file; remove it or change --out")
-        start = _untrained(asked)
-        samples = _demo(asked) if asked.demo else _media(asked, start)
-        train_on, held = _split(samples)
-        trained = train(
-            train_on, like=start, steps=asked.steps, batch=asked.batch, seed=asked.seed, scores=held[:SCORED]
-        )  # fmt: skip
-        save_whole(trained, asked.out)
-    except MatformerError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
+    if asked.out.exists():
+        raise DataError(f"{asked.out} must not exist yet, got a folder or file; remove it or change --out")
+    start = _untrained(asked)
+    samples = _demo(asked) if asked.demo else _media(asked, start)
+    train_on, held = _split(samples)
+    trained = train(train_on, like=start, steps=asked.steps, batch=asked.batch, seed=asked.seed, scores=held[:SCORED])
+    save_whole(trained, asked.out)
     log.info("%s: fingerprint %s", asked.out, trained.fingerprint[:16])
     return 0
 

@@ -24,7 +24,8 @@ from torch import Tensor
 from data_prep.save import save_whole
 from matformer.data.entropy import EntropyModel, EntropySettings, input_symbols
 from matformer.data.texts import open_texts
-from matformer.errors import DataError, MatformerError
+from matformer.door import door
+from matformer.errors import DataError
 from matformer.shapes import END, NUM_TARGETS
 
 log = logging.getLogger("data_prep.train_entropy_model")
@@ -33,6 +34,7 @@ BATCH_SYMBOLS, HELDOUT_BYTES = 16_384, 200_000
 LEARNING_RATE, WARM_UP = 8e-3, 20
 
 
+@door
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0, or 2 with one sentence on stderr."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
@@ -42,13 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args(arguments)
-    try:
-        model = train(documents(asked.data / "train", seed=asked.seed), steps=asked.steps, seed=asked.seed)
-        bits = bits_per_byte(model, documents(asked.data / "heldout", seed=0), num_bytes=HELDOUT_BYTES)
-        save_whole(model, asked.out)
-    except MatformerError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
+    model = train(documents(asked.data / "train", seed=asked.seed), steps=asked.steps, seed=asked.seed)
+    bits = bits_per_byte(model, documents(asked.data / "heldout", seed=0), num_bytes=HELDOUT_BYTES)
+    save_whole(model, asked.out)
     log.info("%s: held-out text %.3f bits a byte, fingerprint %s", asked.out, bits, model.fingerprint[:16])
     return 0
 

@@ -18,28 +18,26 @@ from pathlib import Path
 from matformer.data.matching import matched, mean_patch
 from matformer.data.pieces import Pieces, train_pieces
 from matformer.data.texts import first_texts
-from matformer.errors import DataError, MatformerError
+from matformer.door import door
+from matformer.errors import DataError
 from matformer.files import write_whole
 
 log = logging.getLogger("data_prep.train_sentencepiece")
 
 
+@door
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0, or 2 with one sentence on stderr."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     asked = _parser().parse_args(arguments)
-    try:
-        sample = list(first_texts(asked.data / "train", num_bytes=asked.sample_bytes))
+    sample = list(first_texts(asked.data / "train", num_bytes=asked.sample_bytes))
 
-        def trained(vocabulary: int) -> Pieces:
-            return train_pieces(sample, vocabulary=vocabulary, longest=asked.max_patch_bytes, threads=asked.threads)
+    def trained(vocabulary: int) -> Pieces:
+        return train_pieces(sample, vocabulary=vocabulary, longest=asked.max_patch_bytes, threads=asked.threads)
 
-        pieces = trained(asked.vocabulary) if asked.vocabulary else matched(trained, sample, mean=asked.mean_patch)
-        heldout = list(first_texts(asked.data / "heldout", num_bytes=asked.sample_bytes))
-        _save(pieces, asked.out)
-    except MatformerError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
+    pieces = trained(asked.vocabulary) if asked.vocabulary else matched(trained, sample, mean=asked.mean_patch)
+    heldout = list(first_texts(asked.data / "heldout", num_bytes=asked.sample_bytes))
+    _save(pieces, asked.out)
     log.info("%s: %d pieces, fingerprint %s", asked.out, len(pieces), pieces.fingerprint[:16])
     log.info(
         "mean patch: %.3f symbols of train, %.3f held out", mean_patch(pieces, sample), mean_patch(pieces, heldout)

@@ -12,10 +12,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Column, Table
 
+from matformer.door import door, natural, positive
 from matformer.engine.evaluate import Evaluation, evaluate_run
 from matformer.engine.restore import run_config
 from matformer.engine.sample_quality import DRAWS, draws_for
-from matformer.errors import MatformerError
 from matformer.observe.drawing import drawing_bar
 from matformer.parallel.process import settle
 
@@ -28,31 +28,28 @@ BESIDE = ("_stderr", "_z", "_num_concepts", "_num_samples", "_real")  # ends of 
 WIDTH = 110  # columns, so that no key is cut where there is no terminal
 
 
+@door
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, or 2 with one sentence on stderr for a folder or a checkpoint that cannot be evaluated."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     asked = _parser().parse_args(arguments)
     drawn = {name: value for name in ("steps", "guidance", "seed") if (value := getattr(asked, name)) is not None}
-    try:
-        config = run_config(asked.run)
-        if drawn and not (config.eval.judged_samples if asked.judged_samples is None else asked.judged_samples):
-            log.warning("--%s has no effect without --judged-samples", ", --".join(drawn))
-        draws = draws_for(config, **drawn)
-        settle(config.parallel.threads)
-        with drawing_bar() as watch:
-            evaluation = evaluate_run(
-                asked.run,
-                ema=asked.ema,
-                text_bytes=asked.text_bytes,
-                media_spans=asked.media_spans,
-                judged=asked.judged_samples,
-                draws=draws,
-                data=asked.data,
-                watch=watch,
-            )
-    except MatformerError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
+    config = run_config(asked.run)
+    if drawn and not (config.eval.judged_samples if asked.judged_samples is None else asked.judged_samples):
+        log.warning("--%s has no effect without --judged-samples", ", --".join(drawn))
+    draws = draws_for(config, **drawn)
+    settle(config.parallel.threads)
+    with drawing_bar() as watch:
+        evaluation = evaluate_run(
+            asked.run,
+            ema=asked.ema,
+            text_bytes=asked.text_bytes,
+            media_spans=asked.media_spans,
+            judged=asked.judged_samples,
+            draws=draws,
+            data=asked.data,
+            watch=watch,
+        )
     title = f"{asked.run}, step {evaluation.step}" + (", average of the weights" if asked.ema else "")
     Console(width=max(Console().width, WIDTH)).print(table(evaluation, title=title))
     if asked.json:
@@ -127,30 +124,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run", type=Path, help="run folder, such as runs/demo")
     parser.add_argument("--ema", action="store_true", help="the average of the weights instead of the last ones")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="score this text data set's held-out split instead")
-    parser.add_argument("--text-bytes", type=_natural, metavar="N", help="bytes of held-out text (the run's own)")
-    parser.add_argument("--media-spans", type=_natural, metavar="N", help="spans of each modality (the run's own)")
+    parser.add_argument("--text-bytes", type=natural, metavar="N", help="bytes of held-out text (the run's own)")
+    parser.add_argument("--media-spans", type=natural, metavar="N", help="spans of each modality (the run's own)")
     parser.add_argument(
-        "--judged-samples", type=_natural, metavar="N", help="pictures drawn from held-out captions (the run's own)"
+        "--judged-samples", type=natural, metavar="N", help="pictures drawn from held-out captions (the run's own)"
     )
-    parser.add_argument("--steps", type=_positive, metavar="N", help=f"of denoising a judged picture ({DRAWS.steps})")
+    parser.add_argument("--steps", type=positive, metavar="N", help=f"of denoising a judged picture ({DRAWS.steps})")
     guidance = f"of judged pictures ({DRAWS.guidance:g}, without data.blind_probability 1)"
     parser.add_argument("--guidance", type=float, metavar="W", help=guidance)
-    parser.add_argument("--seed", type=_natural, metavar="N", help=f"of their noise ({DRAWS.seed})")
+    parser.add_argument("--seed", type=natural, metavar="N", help=f"of their noise ({DRAWS.seed})")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     return parser
-
-
-def _natural(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise ValueError(text)
-    return number
-
-
-def _positive(text: str) -> int:
-    if _natural(text) == 0:
-        raise ValueError(text)
-    return int(text)
 
 
 if __name__ == "__main__":

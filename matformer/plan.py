@@ -17,22 +17,19 @@ from typing import Any
 from matformer.config.check import check
 from matformer.config.load import load_run, value_of
 from matformer.config.schema import RunConfig
-from matformer.errors import MatformerError
+from matformer.door import door
 
 SPLITS = ("train", "heldout")
 
 
+@door
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, or 2 with one sentence on stderr for a config that cannot run."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     asked = _parser().parse_intermixed_args(arguments)
-    try:
-        config = load_run(asked.config, asked.overrides)
-        check(config)
-        lines = _answer(config, asked=asked)
-    except MatformerError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
+    config = load_run(asked.config, asked.overrides)
+    check(config)
+    lines = _answer(config, asked=asked)
     sys.stdout.write("".join(f"{line}\n" for line in lines))
     return 0
 

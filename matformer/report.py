@@ -18,7 +18,8 @@ from typing import Any
 import yaml
 
 from matformer.config.schema import loss_name
-from matformer.errors import ConfigError, MatformerError
+from matformer.door import door
+from matformer.errors import ConfigError
 from matformer.files import write_whole
 from matformer.observe import gallery, page
 from matformer.observe.curves import Level, Series, panel
@@ -73,16 +74,13 @@ class Material:
         return values[-1] if values else None
 
 
+@door
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, or 2 with one sentence on stderr."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     parser = argparse.ArgumentParser(prog="python -m matformer.report", description=__doc__)
     parser.add_argument("run", type=Path, help="run folder, such as runs/demo")
-    try:
-        path = write_report(parser.parse_args(arguments).run)
-    except MatformerError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
+    path = write_report(parser.parse_args(arguments).run)
     sys.stdout.write(f"{path}\n")
     return 0
 

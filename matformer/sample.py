@@ -18,6 +18,7 @@ from rich.table import Table
 from matformer.config.schema import RunConfig
 from matformer.data.patching import build_patcher
 from matformer.data.sources import TextSpan, text_span
+from matformer.door import door
 from matformer.engine.continuation import AUTO, continue_rows
 from matformer.engine.denoiser import check_solver
 from matformer.engine.draws import GUIDANCE, Draws, Row, Solver, Span, guidance_for
@@ -25,24 +26,21 @@ from matformer.engine.media import MediaCodec, load_codec
 from matformer.engine.motion import animated
 from matformer.engine.restore import load_for_inference, run_config
 from matformer.engine.video_file import write_mp4
-from matformer.errors import ConfigError, DataError, MatformerError
+from matformer.errors import ConfigError, DataError
 from matformer.observe.drawing import drawing_bar
 from matformer.parallel.process import settle
 
 log = logging.getLogger(__name__)
 
 
+@door
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 with one sentence on stderr."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     asked = _parser().parse_args(arguments)
-    try:
-        _check(asked)
-        settle()
-        _sample(asked)
-    except MatformerError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
+    _check(asked)
+    settle()
+    _sample(asked)
     return 0
 
 

@@ -97,9 +97,9 @@ class Project:
 @pytest.fixture
 def copy(project: Path, tmp_path: Path) -> Project:
     root = tmp_path / "a project"
-    for folder in ("slurm", "configs", "matformer/config"):
+    for folder in ("slurm", "configs", "matformer/config", "matformer/parallel"):
         shutil.copytree(project / folder, root / folder)
-    for file in ("__init__.py", "errors.py", "launch.py", "plan.py"):
+    for file in ("__init__.py", "door.py", "errors.py", "files.py", "launch.py", "plan.py"):
         shutil.copy(project / "matformer" / file, root / "matformer" / file)
     (root / "matformer" / "train.py").write_text(textwrap.dedent(RECORDER))
     for source in ("text", "images", "speech", "albums"):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from paper import Results
 
-from matformer.errors import MatformerError
+from matformer.door import door
 
 log = logging.getLogger("ablate")
 
@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, arms: Sequence[str], out: 
     parser.set_defaults(command=sys.argv[1:])
 
 
+@door
 def run_door(
     asked: argparse.Namespace,
     *,
@@ -41,11 +42,7 @@ def run_door(
     """Results as results.json and as a document. Exit code: 0, or the error's with one sentence on stderr."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     log.setLevel(logging.INFO)
-    try:
-        results = ablate(asked)
-    except MatformerError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
+    results = ablate(asked)
     (asked.out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     write(results, asked.document)
     log.info("%s", asked.document)

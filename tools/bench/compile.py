@@ -45,7 +45,8 @@ from matformer.atto import trunk
 from matformer.config.load import load_run
 from matformer.config.schema import ModelConfig, RunConfig
 from matformer.data.loader import Loader
-from matformer.errors import ConfigError, MatformerError
+from matformer.door import door
+from matformer.errors import ConfigError
 from matformer.hosts.plain import draw_weights, plain_trunk
 from matformer.layers import attention, local_attention, norm
 from matformer.model import Matformer
@@ -333,6 +334,7 @@ def require_a_compiler() -> None:
         raise ConfigError(f"torch.compile on a CPU needs a C++ compiler, found no {compiler}; apt-get install g++")
 
 
+@door
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints tables; with --json one JSON line last. 2 where there is no compiler or no data."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -350,14 +352,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     settle(1)
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = MANY
-    try:
-        if asked.backend == "inductor":
-            require_a_compiler()
-        config = load_run(asked.config, asked.overrides)
-        batches = batches_of(config, count=asked.batches) if asked.made else real_batches(config, asked.batches)
-    except MatformerError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
+    if asked.backend == "inductor":
+        require_a_compiler()
+    config = load_run(asked.config, asked.overrides)
+    batches = batches_of(config, count=asked.batches) if asked.made else real_batches(config, asked.batches)
     if asked.wide:
         config = config.model_copy(update={"model": widened(config.model)})
     units = units_of(model_of(config))

@@ -34,9 +34,10 @@ from torch import Tensor, nn
 from matformer.config.load import load_run
 from matformer.config.schema import RunConfig
 from matformer.data.counts import counts_of
+from matformer.door import door
 from matformer.engine.loop import build_host, build_model, build_stages
 from matformer.engine.step import loss_weights, optimizer_step
-from matformer.errors import ConfigError, MatformerError
+from matformer.errors import ConfigError
 from matformer.hosts.base import Host, build_optimizer, parameter_groups
 from matformer.hosts.plain import plain_trunk
 from matformer.losses.total import total_loss
@@ -396,6 +397,7 @@ def device_of(asked: str) -> torch.device | None:
     return torch.device(asked)
 
 
+@door
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints tables; with --json one JSON line last. 2 for a user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -410,11 +412,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     asked = parser.parse_args(arguments)
-    try:
-        device, config = device_of(asked.device), run_of(asked)
-    except MatformerError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
+    device, config = device_of(asked.device), run_of(asked)
     peak = asked.peak_tflops * 1e12
     plans = {
         mixture: expected(config, batches_of(config, mixture=mixture, count=config.microbatches), peak=peak)

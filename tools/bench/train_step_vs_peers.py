@@ -39,7 +39,7 @@ from matformer.config.schema import MediaConfig, MediaContext, ModelConfig
 from matformer.data.packing import Piece, Place, document_positions, draw_training_noise, pack_batch
 from matformer.data.patching import StaticPatcher
 from matformer.data.sources import Document, media_span, text_span
-from matformer.errors import MatformerError
+from matformer.door import door
 from matformer.hosts.plain import PlainTrunk
 from matformer.losses.total import total_loss
 from matformer.model import Matformer
@@ -219,6 +219,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     return found
 
 
+@door
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints a table; with --json one JSON line last. 2 if a peer is not installed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -227,12 +228,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args(arguments)
-    try:
-        for name in asked.peers:
-            require(name)
-    except MatformerError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
+    for name in asked.peers:
+        require(name)
     settle(1)
     warnings.simplefilter("ignore")
     rows = [row for name in asked.peers for dtype in asked.dtypes for row in measure(name, dtype, asked.steps)]
