@@ -17,16 +17,20 @@ from typing import Any
 from matformer.config.check import check
 from matformer.config.load import load_run, value_of
 from matformer.config.schema import RunConfig
-from matformer.door import door
+from matformer.door import amount, door, positive
+from matformer.errors import ConfigError
+from matformer.files import write_whole
 
 SPLITS = ("train", "heldout")
+DEVICE, BEST = "h100", 5
 
 
 @door
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0, or 2 with one sentence on stderr for a config that cannot run."""
+    """Exit code: 0, or 2 with one sentence on stderr for a config that cannot run, or has no layout to write."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     asked = _parser().parse_intermixed_args(arguments)
+    _require_gpus(asked)
     config = load_run(asked.config, asked.overrides)
     check(config)
     lines = _answer(config, asked=asked)
@@ -90,7 +94,7 @@ def _cluster(config: RunConfig, asked: argparse.Namespace) -> list[str]:
     from matformer.parallel.expected import guess_of
     from matformer.parallel.layouts import estimate, estimates, load_of, no_layout
 
-    device = load_device(_device_file(asked.device, config_file=Path(asked.config)))
+    device = load_device(_device_file(asked.device or DEVICE, config_file=Path(asked.config)))
     guess = guess_of(config, patch_bytes=asked.patch_bytes)
     lines = [f"parts (a sequence of {config.data.sequence_latents:,} latents, forward and backward)"]
     lines += _table(tables.parts_rows(config, guess), head=tables.PARTS_HEAD)
@@ -100,16 +104,33 @@ def _cluster(config: RunConfig, asked: argparse.Namespace) -> list[str]:
         lines += ["", "the config's own layout", *_table([tables.layout_row(own, device)], head=tables.LAYOUTS_HEAD)]
         lines += _table(tables.detail_rows(own, device))
     found = estimates(config, guess, device, gpus=asked.gpus)
-    chosen = tables.best(found, device, count=asked.best)
+    chosen = tables.best(found, device, count=asked.best or BEST)
     if not chosen:
         raise no_layout(config, gpus=asked.gpus)
     lines += ["", f"best layouts of {asked.gpus:,} x {device.name}, of {len(found)} that break no rule"]
     lines += _table([tables.layout_row(one, device) for one in chosen], head=tables.LAYOUTS_HEAD)
     lines += ["", "the first of them", *_table(tables.detail_rows(chosen[0], device))]
     if asked.write:
-        command = f"python -m matformer.plan {asked.config} --gpus {asked.gpus} --device {asked.device}"
-        Path(asked.write).write_text(tables.plan_file(chosen[0], command=" ".join([command, *asked.overrides])))
+        if not chosen[0].fits(device):
+            raise tables.too_large(chosen[0], device)
+        command = f"python -m matformer.plan {asked.config} --gpus {asked.gpus} --device {asked.device or DEVICE}"
+        _write(asked.write, tables.plan_file(chosen[0], command=" ".join([command, *asked.overrides])))
     return lines
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        write_whole(path, text.encode())
+    except OSError as error:
+        raise ConfigError(f"--write must be a file that can be written, got {error}; change --write") from None
+
+
+def _require_gpus(asked: argparse.Namespace) -> None:
+    """What only a search uses is not passed over in silence."""
+    given = [name for name in ("device", "patch_bytes", "best", "write") if getattr(asked, name) is not None]
+    if given and asked.gpus is None:
+        option = f"--{given[0].replace('_', '-')}"
+        raise ConfigError(f"{option} must stand beside --gpus N, got {option} alone; add --gpus, or leave it out")
 
 
 def _device_file(name: str, *, config_file: Path) -> Path:
@@ -154,16 +175,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m matformer.plan", description="Check a config; start nothing.")
     parser.add_argument("config", help="run file, such as configs/run/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--device", help=f"with --gpus: a name in configs/device, or a file ({DEVICE})")
     parser.add_argument(
-        "--gpus", type=int, metavar="N", help="say what N devices would make of it, and the best layouts"
+        "--patch-bytes", type=amount, metavar="X", help="with --gpus: mean bytes of a patch of this data"
     )
-    parser.add_argument("--device", default="h100", help="with --gpus: a name in configs/device, or a file")
+    parser.add_argument("--best", type=positive, metavar="N", help=f"with --gpus: how many layouts are shown ({BEST})")
     parser.add_argument(
-        "--patch-bytes", type=float, metavar="X", help="with --gpus: mean bytes of a patch of this data"
+        "--write", type=Path, metavar="FILE", help="with --gpus: write the best layout as a file of configs/plan"
     )
-    parser.add_argument("--best", type=int, default=5, metavar="N", help="with --gpus: how many layouts are shown")
-    parser.add_argument("--write", metavar="FILE", help="with --gpus: write the best layout as a file of configs/plan")
     answers = parser.add_mutually_exclusive_group()
+    answers.add_argument(
+        "--gpus", type=positive, metavar="N", help="say what N devices would make of it, and the best layouts"
+    )
     answers.add_argument("--check", action="store_true", help="say nothing when the config can run")
     answers.add_argument("--ranks", action="store_true", help="say only the number of ranks")
     answers.add_argument("--missing", action="store_true", help="say only which data sets are missing, one a line")

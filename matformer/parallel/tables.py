@@ -7,6 +7,7 @@ from dataclasses import fields
 
 from matformer.config.device import DeviceConfig
 from matformer.config.schema import RunConfig
+from matformer.errors import ConfigError
 from matformer.parallel.counts import Counts, MediaCounts
 from matformer.parallel.expected import Guess, expected_counts
 from matformer.parallel.flops import added, flops_by_part
@@ -119,6 +120,14 @@ def guess_row(guess: Guess) -> Row:
     return (
         "assumed of the data",
         f"{guess.symbols:g} bytes a patch, documents of {guess.document:,} latents, captions of {guess.caption} bytes",
+    )
+
+
+def too_large(one: Estimate, device: DeviceConfig) -> ConfigError:
+    """Why a layout is no plan: even the smallest of them does not fit."""
+    return ConfigError(
+        f"a layout must fit into the {gib(device.usable_bytes)} that can be used of one {device.name}, got "
+        f"{gib(one.memory.peak)} for the smallest; change --gpus, --device or the model"
     )
 
 

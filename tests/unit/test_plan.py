@@ -330,6 +330,47 @@ def test_gpus_that_no_layout_can_use_are_refused_with_the_rule(capsys: pytest.Ca
     assert "got none" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--gpus", "0"], "--gpus: must be a whole number of at least 1, got 0"),
+        (["--gpus", "-8"], "--gpus: must be a whole number of at least 1, got -8"),
+        (["--gpus", "2", "--best", "0"], "--best: must be a whole number of at least 1, got 0"),
+        (["--gpus", "2", "--patch-bytes", "-2"], "--patch-bytes: must be a number of more than 0, got -2"),
+        (["--gpus", "2", "--check"], "--check: not allowed with argument --gpus"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(
+    options: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([str(CONFIGS / "run" / "demo.yaml"), *options])
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--write", "--best", "--patch-bytes", "--device"])
+def test_options_of_the_search_need_a_number_of_devices(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(CONFIGS / "run" / "demo.yaml"), option, "3"]) == 2
+    assert capsys.readouterr().err.startswith(f"{option} must stand beside --gpus N")
+
+
+def test_a_plan_is_written_into_a_new_folder_and_a_folder_is_no_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, options = tmp_path / "new" / "two.yaml", ["--gpus", "2", "--device", "cpu", "--write"]
+    assert main([str(CONFIGS / "run" / "demo.yaml"), *options, str(file)]) == 0
+    assert yaml.safe_load(file.read_text()) == {"dp": 2}
+    assert main([str(CONFIGS / "run" / "demo.yaml"), *options, str(file.parent)]) == 2
+    assert "--write must be a file that can be written" in capsys.readouterr().err
+
+
+def test_a_layout_that_does_not_fit_is_not_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "70b.yaml"
+    assert main([str(CONFIGS / "run" / "1b.yaml"), "model=70b", "--gpus", "8", "--write", str(file)]) == 2
+    assert re.search(r"must fit into the 70.0 GiB that can be used of one H100 SXM, got \d+", capsys.readouterr().err)
+    assert not file.exists()
+
+
 def test_what_fits_nowhere_is_shown_as_too_much() -> None:
     run = run_of("1b", "model=70b")
     small = H100.model_copy(update={"memory_gib": 1.0})
