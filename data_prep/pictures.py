@@ -23,7 +23,7 @@ from data_prep.records import Picture
 log = logging.getLogger(__name__)
 
 SIDE = 64
-VARIATION, JOINER = "FE0F", "200D"
+VARIATION = "FE0F"
 SKIN_TONES = {f"1F3F{digit}" for digit in "BCDEF"}
 GENDERED = {
     # man, woman -> person; boy, girl -> child; old man, old woman -> older person

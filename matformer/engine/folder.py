@@ -77,11 +77,6 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
-    def log_file(self) -> Path:
-        """What the console showed."""
-        return self.path / "log.txt"
-
-    @property
     def report_file(self) -> Path:
         """The self-contained report."""
         return self.path / "report.html"

@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -50,12 +49,6 @@ class Trunk(nn.Module, ABC):
     @abstractmethod
     def receive(self, tensor: Tensor | None) -> None:
         """Take what the stage before sent."""
-
-
-class StageModel(Protocol):
-    """What a host runs: one pipeline stage of the model, called with a microbatch."""
-
-    def __call__(self, batch: Batch) -> Tensor | Sums: ...
 
 
 @dataclass(frozen=True, slots=True)

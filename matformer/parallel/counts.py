@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -94,11 +93,3 @@ def _window_pairs(length: int, *, window: int, both_ways: bool) -> int:
     reach = min(length, window)
     behind = reach * (reach + 1) // 2 + (length - reach) * reach
     return 2 * behind - length if both_ways else behind
-
-
-def folded_pairs(symbols: int, *, window: int, both_ways: bool = False, longest_chunk: int = 64) -> int:
-    """Pairs that the chunks of layers/local_attention.py multiply on a GPU."""
-    chunk = min(window, longest_chunk)
-    chunks = max(1, math.ceil(symbols / chunk))
-    back = min(math.ceil((window - 1) / chunk), chunks - 1) if window > chunk else 1
-    return chunks * chunk * chunk * (1 + back * (2 if both_ways else 1))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -76,8 +75,3 @@ def sum_over_world(values: Tensor, groups: Groups) -> Tensor:
     if groups.world > 1:
         dist.all_reduce(values)
     return values
-
-
-def any_over_world(flag: bool, groups: Groups) -> bool:
-    """True on all ranks if on any. Collective."""
-    return bool(sum_over_world(torch.tensor(float(flag)), groups) > 0)

@@ -80,7 +80,7 @@ def test_what_was_scored_is_scored_again_only_if_something_else_is_asked(tmp_pat
 
 
 def test_a_cost_is_measured_once_for_a_config(tmp_path: Path) -> None:
-    found = cost.MediaCost(parameters=5, flops_a_step=2.0, atto_share=0.5, cpu_seconds_a_step=0.1)
+    found = cost.MediaCost(parameters=5, flops_a_step=2.0, cpu_seconds_a_step=0.1)
     calls: list[int] = []
 
     def measure() -> cost.MediaCost:
@@ -109,7 +109,7 @@ def numbers(*, factor: float, flow: bool, bits: float, top1: float) -> dict[str,
 
 def results() -> dict[str, Any]:
     """Three arms, two seeds: `token` better by a tenth, DDPM worse, once better and once worse in text."""
-    cost = {"parameters": 12e6, "flops_a_step": 32e9, "atto_share": 0.5, "cpu_seconds_a_step": 0.85}
+    cost = {"parameters": 12e6, "flops_a_step": 32e9, "cpu_seconds_a_step": 0.85}
     arms = {
         "flow-add": {"objective": "flow", "conditioning": "add", **cost},
         "flow-token": {"objective": "flow", "conditioning": "token", **cost, "flops_a_step": 33e9},

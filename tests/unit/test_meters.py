@@ -1,21 +1,10 @@
-"""Meters add up, and a resume goes on with the totals."""
+"""Rates are of a step, totals add up, and a resume goes on with the totals."""
 
 from __future__ import annotations
 
 import json
-import math
 
-from matformer.observe.meters import Means, Throughput
-
-
-def test_a_mean_weighs_by_count_and_a_row_begins_anew() -> None:
-    means = Means({"text/bits_per_byte": "bits per byte", "image/flow_loss": "per scalar"})
-    means.add("text/bits_per_byte", 6.0, count=2)
-    means.add("text/bits_per_byte", 1.0, count=5)
-    assert math.isnan(means["image/flow_loss"].value)
-    assert means.row() == {"text/bits_per_byte": 1.0}
-    assert means.row() == {}
-    assert means["text/bits_per_byte"].unit == "bits per byte"
+from matformer.observe.meters import Throughput
 
 
 def test_rates_are_of_the_step_and_totals_of_the_run() -> None:

@@ -53,7 +53,6 @@ class Cost:
     flops_a_step: float
     flops_a_byte: float
     atto_share: float
-    patcher_share: float
     unseen_share: float
     cpu_seconds_a_mb: float
 
@@ -64,7 +63,6 @@ class MediaCost:
 
     parameters: int
     flops_a_step: float
-    atto_share: float
     cpu_seconds_a_step: float
 
 
@@ -139,7 +137,6 @@ def _media_cost_of(config: RunConfig) -> MediaCost:
     return MediaCost(
         parameters=num_parameters(config),
         flops_a_step=statistics.fmean(flops),
-        atto_share=sum(one.atto for one in measured.counted) / sum(flops),
         cpu_seconds_a_step=statistics.median(measured.seconds[WARM_UP:]),
     )
 
@@ -178,7 +175,6 @@ def _summed(
         flops_a_step=a_byte * bytes_a_step,
         flops_a_byte=a_byte,
         atto_share=atto / a_byte,
-        patcher_share=patcher / a_byte,
         unseen_share=unseen / a_byte,
         cpu_seconds_a_mb=cpu_seconds_a_mb,
     )
