@@ -14,17 +14,15 @@ from matformer.config.load import load_run
 from matformer.config.schema import RunConfig
 
 HERE = Path(__file__).parent
-CATEGORIES = ("unit", "parity", "ranks", "golden", "house", "gpu")
+CATEGORIES = ("unit", "parity", "ranks", "house")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test's folder is its category; GPU tests are skipped where there is none."""
+    """A test's folder is its category."""
     for item in items:
         category = item.path.relative_to(HERE).parts[0]
         if category in CATEGORIES:
             item.add_marker(category)
-        if category == "gpu" and not _has_gpu():
-            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 @pytest.fixture(scope="session")
@@ -37,9 +35,3 @@ def project() -> Path:
 def demo(project: Path) -> Callable[..., RunConfig]:
     """demo("train.steps=6", ...) is the demo's config with overrides."""
     return lambda *overrides: load_run(project / "configs/run/demo.yaml", overrides)
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()

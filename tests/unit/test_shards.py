@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import webdataset
 
 from matformer.data.shards import ShardReader, ShardWriter
 from matformer.errors import DataError
@@ -44,7 +45,6 @@ def test_reader_gives_what_was_written(folder: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_plain_webdataset_reads_the_tars(folder: Path) -> None:
-    webdataset = pytest.importorskip("webdataset")
     tars = sorted(str(path) for path in folder.glob("*.tar"))
     samples = list(webdataset.WebDataset(tars, shardshuffle=False, empty_check=False))
     gc.collect()  # webdataset leaves its last file open: collected here, where that warning is expected
