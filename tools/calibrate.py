@@ -55,19 +55,28 @@ def peak_flops(dtype: torch.dtype) -> float:
     return 2 * SIDE**3 / fastest(lambda: a @ b)
 
 
-def layer_flops(width: int) -> float:
-    """FLOPs a second of one layer of the Atto, forward and backward, causal attention."""
+def layer_config(width: int) -> AttoConfig:
+    """Of the layer that is timed."""
     heads = width // 64
-    config = AttoConfig(
+    return AttoConfig(
         width=width, layers=1, heads=heads, kv_heads=heads, ffn_width=3 * width, rotary_pairs=(32, 0, 0, 0)
     )
+
+
+def layer_work(width: int, positions: int) -> int:
+    """FLOPs of that layer, forward and backward; of its attention the pairs that the causal mask shows, as in plans."""
+    return 6 * positions * (4 + 9) * width**2 + 6 * width * positions * (positions + 1)
+
+
+def layer_flops(width: int) -> float:
+    """FLOPs a second of one layer of the Atto, forward and backward, causal attention."""
+    config = layer_config(width)
     layer = Layer(config).to(DEVICE, DTYPE)
     axes = torch.zeros(1, POSITIONS, 4, dtype=torch.long, device=DEVICE)
     core = CausalCore([POSITIONS], device=DEVICE)
     view = AttoView(core, rotary_tables(axes, pairs=config.rotary_pairs, bases=(1e4,) * 4))
     x = torch.randn(1, POSITIONS, width, device=DEVICE, dtype=DTYPE, requires_grad=True)
-    products = 6 * POSITIONS * (4 + 9) * width**2
-    return (products + 12 * width * POSITIONS**2) / fastest(lambda: layer(x, view).sum().backward())
+    return layer_work(width, POSITIONS) / fastest(lambda: layer(x, view).sum().backward())
 
 
 def memory_rate() -> float:

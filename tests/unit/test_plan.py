@@ -17,13 +17,16 @@ from matformer.config.device import DeviceConfig, load_device
 from matformer.config.load import load_run
 from matformer.config.schema import RunConfig
 from matformer.errors import ConfigError
-from matformer.parallel.counts import document_pairs
+from matformer.parallel.counts import Counts, Pairs, document_pairs
 from matformer.parallel.expected import Guess, expected_counts, guess_of, heaviest_counts
+from matformer.parallel.flops import part_flops
 from matformer.parallel.layouts import RECOMPUTES, Estimate, estimate, estimates, load_of, no_layout
 from matformer.parallel.memory import rank_memory, stages, worst_rank
 from matformer.parallel.parameters import parameters_by_part
+from matformer.parallel.parts import atto_layer
 from matformer.parallel.tables import best, detail_rows, plan_file
 from matformer.plan import main
+from tools.calibrate import layer_config, layer_work
 from tools.model_family import FAMILY, yaml_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -278,6 +281,12 @@ def test_float32_is_timed_at_its_own_peak_where_the_device_says_one() -> None:
     assert estimate_of(again[1]).time.again == pytest.approx(989 / 67 * estimate_of(again[0]).time.again)
     cpu = load_device(CONFIGS / "device" / "cpu.yaml")
     assert estimate_of(full, cpu).time.compute == estimate_of(half, cpu).time.compute
+
+
+def test_a_layer_is_calibrated_by_the_work_that_plans_count() -> None:
+    model = run_of("demo").model.model_copy(update={"atto": layer_config(192)})
+    counts = Counts(positions=512, atto=Pairs(seen=document_pairs([("causal", 512)])))
+    assert layer_work(192, 512) == part_flops(list(atto_layer(model, counts))).total
 
 
 def test_encoders_shared_out_over_tensor_ranks_take_less_time() -> None:
