@@ -185,7 +185,7 @@ def load_diffusers(folder: Path) -> DiffusersAutoencoder:
     except ImportError as error:
         raise DataError(
             f"the autoencoder in {folder} needs diffusers, got {error}; install the extra with "
-            "`pip install matformer[media]`"
+            "`pip install -e '.[media]'` in the project's folder"
         ) from error
     name = json.loads((folder / CONFIG_FILE).read_bytes())["_class_name"]
     if name not in CLASSES:

@@ -49,6 +49,6 @@ def require_av() -> Any:  # noqa: ANN401
         import av  # noqa: PLC0415  optional: the extra `media`
     except ImportError as error:
         raise DataError(
-            f"video needs PyAV, got {error}; install the extra with `pip install matformer[media]`"
+            f"video needs PyAV, got {error}; install the extra with `pip install -e '.[media]'` in the project's folder"
         ) from error
     return av

@@ -44,8 +44,8 @@ def scheduler_of(objective: MediaObjective, *, steps: int, first_log_snr: float)
         )
     except ImportError as error:
         raise ConfigError(
-            f"--solver dpm needs diffusers, got {error}; install it with `pip install matformer[media]`, or choose "
-            "--solver heun"
+            f"--solver dpm needs diffusers, got {error}; install it with `pip install -e '.[media]'` in the "
+            "project's folder, or choose --solver heun"
         ) from error
     if objective == "flow":
         scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
