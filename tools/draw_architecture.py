@@ -1,7 +1,8 @@
-"""Draw docs/architecture.svg, the picture at the top of the README: `python tools/draw_architecture.py [OUT]`."""
+"""Draws docs/architecture.svg, the picture at the top of the README: `python tools/draw_architecture.py [OUT]`."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,9 +55,11 @@ SEQUENCE = (
 """A document: text, an image to be generated, text that has seen it."""
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Write the picture; exit code 0."""
-    out = Path(arguments[0]) if arguments else OUT
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path, nargs="?", default=OUT)
+    out: Path = parser.parse_args(arguments).out
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(draw(), encoding="utf-8")
     return 0
@@ -276,4 +279,4 @@ def _text(x: float, y: float, words: str, *, kind: str, size: float, anchor: str
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -10,6 +10,7 @@ import pytest
 
 from matformer.config.check import check
 from matformer.config.load import load_run
+from tools.draw_architecture import main as draw
 
 PROJECT = Path(__file__).parents[2]
 DOCUMENTS = [PROJECT / "README.md", *sorted((PROJECT / "docs").rglob("*.md"))]
@@ -35,3 +36,14 @@ def test_a_command_of_the_documents_can_run(options: str, words: str) -> None:
     if options:
         asked = dict(option.split("=") for option in options.split())
         assert int(asked["--nodes"]) * int(asked["--gpus-per-node"]) == run.parallel.ranks
+
+
+def test_the_picture_is_what_its_tool_draws_and_help_draws_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="0"):
+        draw(["--help"])
+    assert list(tmp_path.iterdir()) == []
+    assert draw(["drawn.svg"]) == 0
+    assert (tmp_path / "drawn.svg").read_text() == (PROJECT / "docs" / "architecture.svg").read_text()

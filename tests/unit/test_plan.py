@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from matformer.command import main as command
 from matformer.config.check import check
 from matformer.config.device import DeviceConfig, load_device
 from matformer.config.load import load_run
@@ -407,8 +408,12 @@ def test_the_door_plans_thousands_of_devices_without_torch() -> None:
     assert "best layouts of 8,192 x H200" in shown.stdout and "coda/audio" in shown.stdout
 
 
-def test_a_name_that_is_no_door_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    from matformer.command import main as command
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_the_command_says_its_doors(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command([option]) == 0
+    assert capsys.readouterr().out.startswith("usage: matformer {plan,train,sample,evaluate,report}")
 
+
+def test_a_name_that_is_no_door_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert command(["plann"]) == 2
     assert "one of plan, train, sample, evaluate, report, got plann" in capsys.readouterr().err
