@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from rich.console import Console
@@ -60,9 +60,10 @@ log = logging.getLogger(__name__)
 
 COMPLETE = "demo.json"
 LAYOUT = 4
+Kind = Literal["demo", "synthetic"]
 TEXT_ONE_IN, CONCEPT_ONE_IN = 50, 10
 REAL_STAGES = 6
-ENTROPY_STEPS = {"demo": 400, "synthetic": 20}
+ENTROPY_STEPS: dict[Kind, int] = {"demo": 400, "synthetic": 20}
 ENTROPY_BATCH = 8192
 ENTROPY_SAMPLE_BYTES = 200_000
 MEAN_PATCH = 4.0
@@ -73,7 +74,7 @@ Item = TypeVar("Item")
 class Material:
     """All that goes into the shards, and where it came from."""
 
-    kind: str
+    kind: Kind
     documents: list[Document]
     pictures: list[Picture]
     sounds: list[Sound]
@@ -123,15 +124,18 @@ def prepare_demo(out: Path, cache: Path) -> None:
     Waits for another preparation of the same folder. Raises DataError if `out` holds something else, or if the core
     packages cannot be downloaded; whatever else is missing is left out, and named in demo.json.
     """
-    with _building(out) as folder:
+    with _building(out, kind="demo") as folder:
         if folder is not None:
             with Stages(REAL_STAGES) as stages:
                 _build(_real_material(cache, stages=stages), folder=folder, stages=stages)
 
 
 def prepare_minimal(out: Path) -> None:
-    """Make a tiny synthetic data set of the same layout in `out`, without network, in a few seconds."""
-    with _building(out) as folder:
+    """Make a tiny synthetic data set of the same layout in `out`, without network, in a few seconds.
+
+    Raises DataError if `out` holds something else.
+    """
+    with _building(out, kind="synthetic") as folder:
         if folder is not None:
             material = Material(
                 kind="synthetic",
@@ -145,16 +149,17 @@ def prepare_minimal(out: Path) -> None:
                 _build(material, folder=folder, stages=stages)
 
 
-def is_complete(out: Path) -> bool:
-    """Whether `out` holds a finished data set of this layout."""
+def finished_kind(out: Path) -> Kind | None:
+    """Which data set `out` holds, finished and of this layout; None if neither."""
     try:
-        return json.loads((out / COMPLETE).read_bytes()).get("layout") == LAYOUT
+        report = json.loads((out / COMPLETE).read_bytes())
     except (OSError, ValueError):
-        return False
+        return None
+    return report.get("kind") if report.get("layout") == LAYOUT else None
 
 
 @contextmanager
-def _building(out: Path) -> Iterator[Path | None]:
+def _building(out: Path, *, kind: Kind) -> Iterator[Path | None]:
     """A fresh folder beside `out` that becomes `out` at a clean exit; None if there is nothing to do.
 
     The lock is the system's: it falls with the process that holds it.
@@ -163,9 +168,15 @@ def _building(out: Path) -> Iterator[Path | None]:
     out.parent.mkdir(parents=True, exist_ok=True)
     with (out.parent / f".{out.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if is_complete(out):
+        found = finished_kind(out)
+        if found == kind:
             yield None
             return
+        if found is not None:
+            raise DataError(
+                f"{out} must hold the {kind} data set, got the {found} one; delete it, choose another folder with "
+                "--out and data.root, or train on it as it is with data.recipe=null"
+            )
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise DataError(
                 f"{out} must be empty, missing or a complete demo, got something else or an older layout; delete it or "

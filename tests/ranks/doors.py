@@ -84,7 +84,8 @@ class Doors:
 
     def overrides(self, name: str, *more: str) -> list[str]:
         """Every run is named "run" in a parent folder of its own, so that a copy of it is the same run."""
-        return ["name=run", f"run.folder={self.folder / name}", f"data.root={self.data}", *TINY, *more]
+        data = [f"data.root={self.data}", "data.recipe=null"]  # a synthetic set: the recipe makes another
+        return ["name=run", f"run.folder={self.folder / name}", *data, *TINY, *more]
 
     def start(self, name: str, *overrides: str) -> subprocess.Popen[str]:
         """The training script, in a session of its own."""

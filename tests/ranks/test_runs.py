@@ -339,7 +339,7 @@ def assert_same(run: Path, undisturbed: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["data.root=nowhere", "data.recipe=null"], "data.root must hold every data set of data.sources, got none at"),
+        (["data.root=nowhere"], "data.root must hold every data set of data.sources, got none at"),
         (["train.step=5"], "nearest is train.steps"),
         (["parallel.tp=3"], "must be divisible by parallel.tp, got 4 and 3"),
     ],

@@ -16,7 +16,7 @@ from data_prep import minimal
 from data_prep.albums import Shown, all_albums
 from data_prep.archives import members
 from data_prep.clean import cut, strip_markup, without_duplicates
-from data_prep.demo import COMPLETE, is_complete, main, prepare_minimal, split, summary
+from data_prep.demo import COMPLETE, finished_kind, main, prepare_demo, prepare_minimal, split, summary
 from data_prep.fetch import Package, fetch
 from data_prep.pictures import base_of, concept_of, framed
 from data_prep.records import Document
@@ -55,7 +55,7 @@ def test_every_set_has_both_splits_and_says_that_it_is_synthetic(root: Path) -> 
             assert reader.manifest["form"] == form
             assert reader.manifest["origin"] == "synthetic"
     assert json.loads((root / COMPLETE).read_bytes())["kind"] == "synthetic"
-    assert is_complete(root)
+    assert finished_kind(root) == "synthetic"
 
 
 def test_text_blocks_cut_into_documents_and_patches(root: Path) -> None:
@@ -159,7 +159,7 @@ def test_what_a_killed_preparation_left_is_not_trusted(tmp_path: Path) -> None:
     left.mkdir(parents=True)
     (left / "half").write_bytes(b"x")
     prepare_minimal(tmp_path / "demo")
-    assert is_complete(tmp_path / "demo")
+    assert finished_kind(tmp_path / "demo") == "synthetic"
     assert not (tmp_path / "demo" / "images" / "half").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == [".demo.lock", "demo"]
 
@@ -170,6 +170,18 @@ def test_a_folder_with_other_things_is_refused_and_kept(tmp_path: Path) -> None:
         prepare_minimal(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
     assert main(["--minimal", "--out", str(tmp_path)]) == DataError.exit_code
+
+
+def test_a_synthetic_set_is_not_taken_for_the_demo_nor_the_demo_for_it(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"must hold the demo data set, got the synthetic one.*data\.recipe=null"):
+        prepare_demo(root, tmp_path / "cache")
+    assert finished_kind(root) == "synthetic"
+    report = json.loads((root / COMPLETE).read_bytes())
+    (tmp_path / COMPLETE).write_text(json.dumps(report | {"kind": "demo"}))
+    with pytest.raises(DataError, match="must hold the synthetic data set, got the demo one"):
+        prepare_minimal(tmp_path)
+    assert main(["--minimal", "--out", str(tmp_path)]) == DataError.exit_code
+    assert finished_kind(tmp_path) == "demo"
 
 
 def test_the_final_table_names_every_set(root: Path) -> None:

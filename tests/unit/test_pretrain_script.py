@@ -179,6 +179,17 @@ def test_data_that_are_missing_are_prepared_under_a_lock_that_the_downloads_do_n
     assert copy.started()["alone"]["argv"]
 
 
+def test_a_synthetic_data_set_is_not_trained_on_as_the_demos(copy: Project) -> None:
+    (copy.path / "data" / "demo" / "demo.json").write_text(json.dumps({"kind": "synthetic"}))
+    (copy.path / "data_prep").mkdir()
+    (copy.path / "data_prep" / "demo.py").write_text("import sys; sys.exit('another data set is there')")
+    end = copy.run()
+    assert end.returncode != 0 and "another data set is there" in end.stderr
+    assert copy.started() == {}
+    assert copy.run("data.recipe=null").returncode == 0
+    assert copy.started()["alone"]["argv"][1:] == ["data.recipe=null"]
+
+
 def test_overrides_alone_go_to_the_demo(copy: Project) -> None:
     assert copy.run("train.steps=60", "data.sources.text.main_language=a b").returncode == 0
     assert copy.started()["alone"]["argv"][1:] == ["train.steps=60", "data.sources.text.main_language=a b"]
