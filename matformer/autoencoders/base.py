@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from matformer.layers.saved import Saved, saved
 
 SETTINGS_FILE = "autoencoder.json"
 WEIGHTS_FILE = "autoencoder.safetensors"
@@ -94,21 +93,14 @@ class Autoencoder(nn.Module, ABC):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of what `save` writes: of the settings, then of the weights."""
-        return hashlib.sha256(self._settings_bytes() + self._weights_bytes()).hexdigest()
+        return self._saved().fingerprint
 
     def save(self, folder: Path) -> None:
         """Write settings (JSON) and weights (safetensors) into `folder`, which is made when missing."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / WEIGHTS_FILE).write_bytes(self._weights_bytes())
-        (folder / SETTINGS_FILE).write_bytes(self._settings_bytes())
+        self._saved().write(folder, settings_file=SETTINGS_FILE, weights_file=WEIGHTS_FILE)
 
-    def _weights_bytes(self) -> bytes:
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        return safetensors.torch.save(state)
-
-    def _settings_bytes(self) -> bytes:
-        record = {"kind": self.kind, "settings": self.settings()}
-        return (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()
+    def _saved(self) -> Saved:
+        return saved(self, {"kind": self.kind, "settings": self.settings()}, sort_keys=True)
 
 
 def principal_axes(second_moment: Float[Tensor, "n n"], *, num_axes: int) -> Float[Tensor, "C n"]:

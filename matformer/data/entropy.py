@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from matformer.errors import DataError
 from matformer.layers.local_attention import LocalBlock, local_view
 from matformer.layers.ngrams import NgramEmbedding, NgramSettings, ngram_hashes
 from matformer.layers.norm import RMSNorm, rms_norm
+from matformer.layers.saved import Saved, saved
 from matformer.shapes import BEGIN, NUM_SYMBOLS, NUM_TARGETS
 
 SETTINGS_FILE, WEIGHTS_FILE = "entropy.json", "entropy.safetensors"
@@ -101,19 +101,14 @@ class EntropyModel(nn.Module):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of settings and weights: what a data set's manifest remembers of the model that cut it."""
-        return hashlib.sha256(self._settings_bytes() + self._weights_bytes()).hexdigest()
+        return self._saved().fingerprint
 
     def save(self, folder: Path) -> None:
         """Write settings and weights into `folder`, which is made when missing."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / WEIGHTS_FILE).write_bytes(self._weights_bytes())
-        (folder / SETTINGS_FILE).write_bytes(self._settings_bytes())
+        self._saved().write(folder, settings_file=SETTINGS_FILE, weights_file=WEIGHTS_FILE)
 
-    def _settings_bytes(self) -> bytes:
-        return (json.dumps(asdict(self.settings), indent=1) + "\n").encode()
-
-    def _weights_bytes(self) -> bytes:
-        return safetensors.torch.save({name: value.detach().contiguous() for name, value in self.state_dict().items()})
+    def _saved(self) -> Saved:
+        return saved(self, asdict(self.settings), sort_keys=False)
 
 
 def load_entropy_model(folder: Path) -> EntropyModel:
