@@ -10,24 +10,13 @@
 set -euo pipefail
 
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-
-config=configs/run/demo.yaml
-if (($#)) && [[ "$1" != *=* ]]; then
-    config=$1
-    shift
-    if [[ -f "$config" ]]; then
-        config=$(cd "$(dirname "$config")" && pwd)/$(basename "$config")
-    fi
-fi
-overrides=("$@")
+# shellcheck source=slurm/common.sh
+source "$project/slurm/common.sh"
+find_config "$@"
 cd "$project"
-
-python=${MATFORMER_PYTHON:-$project/.venv/bin/python}
-if [[ -z "${MATFORMER_PYTHON:-}" && ! -f .venv/.installed ]]; then
+if ! find_python; then
     make --no-print-directory env
 fi
-
-plan() { "$python" -m matformer.plan "$config" ${overrides[@]+"${overrides[@]}"} "$@"; }
 
 prepare_data() {
     local facts root recipe missing

@@ -31,26 +31,6 @@ find_project() {
     fi
 }
 
-# CONFIG as the caller sees it, else as the project does.
-find_config() {
-    config=configs/run/demo.yaml
-    if (($#)) && [[ "$1" != *=* ]]; then
-        config=$1
-        shift
-        if [[ -f "$config" ]]; then
-            config=$(cd "$(dirname "$config")" && pwd)/$(basename "$config")
-        fi
-    fi
-    overrides=("$@")
-}
-
-find_python() {
-    python=${MATFORMER_PYTHON:-$project/.venv/bin/python}
-    [[ -n "${MATFORMER_PYTHON:-}" || -f .venv/.installed ]]
-}
-
-plan() { "$python" -m matformer.plan "$config" ${overrides[@]+"${overrides[@]}"} "$@"; }
-
 # Environment and data need the internet, which a compute node may not have: there they are only looked for.
 require_prepared() {
     local missing
@@ -110,8 +90,10 @@ run_on_nodes() {
     exit "$code"
 }
 
-find_config "$@"
 find_project
+# shellcheck source=slurm/common.sh
+source "$project/slurm/common.sh"
+find_config "$@"
 cd "$project"
 if under_slurm; then
     require_prepared
