@@ -15,7 +15,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from paper import COLOURS, MUTED, Paper, Results, dress
+from paper import COLOURS, MUTED, SHORT_STEPS, Paper, Results, dress, short_runs
 from tables import CLEAR, markdown, sorted_out, spread, with_spread
 
 CLEAN = {
@@ -36,7 +36,6 @@ NOISED = {
 }
 """Arms whose noised copies differ; the first is the reference."""
 TREES = {"flow": "none", "own": "its own", "predicted": "predicted", "shuffled": "another picture's"}
-SHORT_STEPS = 1000
 """Below, a run is called short."""
 DIGITS = 4
 
@@ -132,11 +131,10 @@ def _how(results: Results) -> str:
         f"alone, {first['patches']} patches each; {made['steps']} steps, {seeds} seed{'s' if seeds != 1 else ''}. "
         "Every arm of a kind has the same documents in each step, each a row, whatever they take in latents."
     )
-    if made["steps"] < SHORT_STEPS:
-        said += (
-            "\n\n**These are short runs**: what a small trunk loses while it begins to learn, not what a long one does."
-        )
-    return said
+    return said + short_runs(
+        "what a small trunk loses while it begins to learn, not what a long one does.",
+        short=made["steps"] < SHORT_STEPS,
+    )
 
 
 def _measuring(results: Results) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from paper import COLOURS, MUTED, Paper, Results, dress, line_with_range
+from paper import COLOURS, MUTED, Paper, Results, dress, line_with_range, short_runs
 from tables import CLEAR, difference_cell, markdown, signs_cell, sorted_out, with_spread
 
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -111,14 +111,12 @@ def _how(results: Results) -> str:
         f"context ({reference['bytes_a_sequence']:.0f} a sequence) and about four symbols a latent (`space` as it "
         f"comes), {len(made['seeds'])} seed{'s' if len(made['seeds']) != 1 else ''}, on the demo's text."
     )
-    if asked < SHORT * reference["parameters"]:
-        steps = statistics.fmean(run["steps"] for run in results["tables"]["bytes"][results["reference"]])
-        said += (
-            f"\n\n**These are short runs**: {asked / 1e6:g} MB of text in {steps:.0f} steps for "
-            f"{reference['parameters'] / 1e6:.1f} M parameters. They rank front ends by how fast they begin to learn; "
-            "what a long run would say is open."
-        )
-    return said
+    steps = statistics.fmean(run["steps"] for run in results["tables"]["bytes"][results["reference"]])
+    return said + short_runs(
+        f"{asked / 1e6:g} MB of text in {steps:.0f} steps for {reference['parameters'] / 1e6:.1f} M parameters. They "
+        "rank front ends by how fast they begin to learn; what a long run would say is open.",
+        short=asked < SHORT * reference["parameters"],
+    )
 
 
 def _measured(results: Results) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from paper import COLOURS, MUTED, Paper, Results, dress, line_with_range
+from paper import COLOURS, MUTED, SHORT_STEPS, Paper, Results, dress, line_with_range, short_runs
 from tables import CLEAR, clear_over_seeds, difference_cell, markdown, signs_cell, spread, verdict, with_spread
 
 ARMS = {
@@ -37,7 +37,6 @@ UNITS = {"text": "kB of text", "image": "noised patches of pictures", "audio": "
 PAIRS = ("text_media", "text_image", "text_audio", "image_audio", "text_router")
 SELVES = ("text", "image", "audio", "media")
 WHOLE = "atto"
-SHORT_STEPS = 1000
 """Below, a run is called short."""
 SIDES = {"below": "helped", "above": "hurt", "not clearly apart from": "neither"}
 
@@ -206,12 +205,11 @@ def _how(results: Results) -> str:
         f"as the three single arms in a step of theirs, and all take {made['steps']} steps; {seeds} "
         f"seed{'s' if seeds != 1 else ''}, the demo's text, pictures and sounds."
     )
-    if made["steps"] < SHORT_STEPS:
-        said += (
-            f"\n\n**These are short runs**: {made['steps']} steps for {facts[first]['parameters'] / 1e6:.1f} M "
-            "parameters. They say what happens while a small trunk begins to learn; what a long run would say is open."
-        )
-    return said
+    return said + short_runs(
+        f"{made['steps']} steps for {facts[first]['parameters'] / 1e6:.1f} M parameters. They say what happens while a "
+        "small trunk begins to learn; what a long run would say is open.",
+        short=made["steps"] < SHORT_STEPS,
+    )
 
 
 def _measuring(results: Results) -> str:

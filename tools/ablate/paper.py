@@ -18,6 +18,7 @@ Results = Mapping[str, Any]
 
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4b5563")
 MUTED, GRID = "#6b7280", "#e5e7eb"
+SHORT_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class Paper:
         self.write(json.loads(asked.results.read_text(encoding="utf-8")), asked.out)
         sys.stdout.write(f"{asked.out}\n")
         return 0
+
+
+def short_runs(words: str, *, short: bool) -> str:
+    """The paragraph that warns of short runs, where they are; `words` say what they can tell."""
+    return f"\n\n**These are short runs**: {words}" if short else ""
 
 
 def line_with_range(

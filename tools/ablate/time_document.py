@@ -15,13 +15,12 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from paper import COLOURS, MUTED, Paper, Results, dress, line_with_range
+from paper import COLOURS, MUTED, SHORT_STEPS, Paper, Results, dress, line_with_range, short_runs
 from tables import clear_over_seeds, difference_by_seed, difference_cell, markdown, sorted_out, with_spread
 
 from matformer.engine.clean_errors import LOG_SNRS
 
 MEDIA = {"image": "Pictures", "audio": "Sounds"}
-SHORT_STEPS = 1000
 """Below, a run is called short."""
 
 
@@ -207,12 +206,11 @@ def _how(results: Results) -> str:
         f"`{made['command']}`, {made['date']}. Objectives of media and ways to tell the network t, each on the demo's "
         f"joint mixture of text, pictures and sounds, {made['steps']} steps, {seeds} seed{'s' if seeds != 1 else ''}."
     )
-    if made["steps"] < SHORT_STEPS:
-        said += (
-            f"\n\n**These are short runs**: {made['steps']} steps for {first['parameters'] / 1e6:.1f} M parameters. "
-            "They rank arms by how fast they begin to learn; what a long run would say is open."
-        )
-    return said
+    return said + short_runs(
+        f"{made['steps']} steps for {first['parameters'] / 1e6:.1f} M parameters. They rank arms by how fast they "
+        "begin to learn; what a long run would say is open.",
+        short=made["steps"] < SHORT_STEPS,
+    )
 
 
 def _measuring(results: Results) -> str:
