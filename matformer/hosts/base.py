@@ -71,7 +71,7 @@ class LayerWeight:
 
 @dataclass(frozen=True, slots=True)
 class TrainingState:
-    """All tensors of a checkpoint by global parameter name, in float32; only what this rank is to write."""
+    """All tensors of a checkpoint by global parameter name: float32, on the CPU, what this rank is to write."""
 
     weights: dict[str, Tensor]
     moments: dict[str, dict[str, Tensor]]
@@ -117,7 +117,7 @@ class Host(ABC):
 
     @abstractmethod
     def state(self) -> TrainingState:
-        """Global tensors, gathered; each is held by one rank of the world. Collective."""
+        """Global tensors, gathered; each is held by one rank of the world, on the CPU. Collective."""
 
     @abstractmethod
     def load(self, read: Reader, *, step: int) -> None:

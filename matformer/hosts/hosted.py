@@ -184,13 +184,14 @@ class MegatronHost(Host):
         return self._gathered(lambda p: zero.stored_to_full(p, values[id(p)], group=self.groups.reduce))
 
     def _gathered(self, value_of: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
+        """Global tensors in the host's memory: on the device one parameter at a time is whole, and let go again."""
         owner = self.groups.reduce_rank == 0 and self.groups.tp_rank == 0
         tensors = {}
         for name, parameter in self.model.named_parameters():
             full = value_of(parameter).view(shape_of(parameter)).float()
             for piece, tensor in to_global(full, self.layouts[name], groups=self.groups):
                 if owner:
-                    tensors[piece] = tensor.detach().clone().contiguous()
+                    tensors[piece] = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
         return tensors
 
     @torch.no_grad()

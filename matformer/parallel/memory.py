@@ -1,8 +1,8 @@
 """Memory of one rank by what it is for, and its peak: arithmetic on the config, after how the hosts allocate.
 
 State stands all the time. Over it lie three phases of a step, of which the largest is the peak: forward and backward
-(activations, gradients, the bucket that reduces them), the update, and the average's step. What the optimizer has in
-the host's memory is counted apart.
+(activations, gradients, the bucket that reduces them), the update, and the average's step. Saving is none: it gathers
+one tensor at a time on the device. What the optimizer has in the host's memory is counted apart.
 Sources of the hosts' shares: deepspeed 0.19, stage_1_and_2.py, bf16_optimizer.py, stage3.py; tests/ranks/test_memory.py
 holds them to what ranks allocate.
 """

@@ -34,15 +34,22 @@ class Traced:
 
 
 class Held(TorchDispatchMode):
-    """Inside, `bytes` is what storages made since then take, `peak` the most since the last look."""
+    """Inside, `bytes` is what storages made since then take, `peak` the most since the last look.
+
+    With `of_device` set, copies that are asked for on the CPU by name do not count, as they would not on a GPU.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.of_device = False
         self.bytes = self.peak = 0
         self.alive: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if self.of_device and func is torch.ops.aten._to_copy.default and kwargs.get("device") == torch.device("cpu"):
+            return out
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self._see(leaf.untyped_storage())
@@ -93,3 +100,20 @@ def trace_ranks(config: RunConfig, batches: Sequence[Batch]) -> dict[str, Traced
     host.engine.destroy()
     parallel_state.destroy_model_parallel()
     return found
+
+
+def trace_saving(config: RunConfig) -> tuple[Traced, int]:
+    """What gathering a checkpoint adds on the device, and the bytes of the largest tensor that this rank writes."""
+    torch.set_num_threads(1)
+    with Held() as held:
+        host = MegatronHost(config)
+        build_model(host, config)
+        average = Average(host, decay=0.9)
+        before = held.look().left
+        held.of_device = True
+        weights, averages = host.state().weights, average.state()
+        after = held.look()
+    host.engine.destroy()
+    parallel_state.destroy_model_parallel()
+    largest = max((value.nbytes for value in [*weights.values(), *averages.values()]), default=0)
+    return Traced(after.peak - before, after.left - before), largest
