@@ -47,7 +47,7 @@ from tests.made import (
 )
 from tests.ranks import cases
 from tests.ranks.cases import GlobalBatch, Trained
-from tests.ranks.launcher import Ranks
+from tests.ranks.launcher import Ranks, RanksFailed
 from tests.tolerances import BFLOAT16_LOSS, GRADIENT, LOSS
 
 World = Callable[[int], Ranks]
@@ -393,6 +393,13 @@ def test_a_planted_fault_is_seen(fault: str, name: str, world: World) -> None:
     trained = world(2).run(cases.train_ranks, run_of(name), mixed_steps(), fault)
     with pytest.raises(AssertionError):
         assert_same_run(trained, reference(mixed_steps))
+
+
+@pytest.mark.parametrize("name", ["dp2", "dp2 zero2", "dp2 zero3"])
+def test_a_parameter_without_gradient_on_one_rank_is_seen(name: str, world: World) -> None:
+    """The losses are right then, and what ranks reduce no longer fits together."""
+    with pytest.raises(RanksFailed, match="in train_step"):
+        world(2).run(cases.train_ranks, run_of(name), mixed_steps(), "coda without gradient", limit_seconds=15.0)
 
 
 @pytest.mark.parametrize("name", ["dp2", "tp2", "dp2 zero2", "dp2 zero3"])

@@ -295,6 +295,15 @@ def encoders_averaged(host: MegatronHost) -> Iterator[None]:
         SummedOverGroup.backward = staticmethod(summed)
 
 
+@contextmanager
+def coda_without_gradient(host: MegatronHost) -> Iterator[None]:
+    """On rank 1 the pictures' Coda says the same, but outside the graph: its weights get no gradient there."""
+    if host.groups.rank == 1:
+        coda = host.model.get_submodule("code.image")
+        coda.forward = torch.no_grad()(coda.forward)
+    yield
+
+
 FAULTS: dict[str, Callable[[MegatronHost], contextmanager]] = {  # pyright: ignore
     "": no_fault,
     "head norms apart": head_norms_apart,
@@ -303,6 +312,7 @@ FAULTS: dict[str, Callable[[MegatronHost], contextmanager]] = {  # pyright: igno
     "means of ranks": means_of_ranks,
     "encoders apart": encoders_apart,
     "encoders averaged": encoders_averaged,
+    "coda without gradient": coda_without_gradient,
 }
 
 
