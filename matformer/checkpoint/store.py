@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -114,7 +115,13 @@ def _reason(error: BaseException) -> str:
 
 def complete(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
-    return sorted(folder.glob("step-[0-9]*")) if folder.is_dir() else []
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted((path for path in found if re.fullmatch(r"step-\d+", path.name)), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """Steps done when the checkpoint of this folder was saved."""
+    return int(path.name.removeprefix("step-"))  # names past a million have more digits: as text they sort wrong
 
 
 def newest_good(folder: Path) -> Path | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from matformer.checkpoint.store import Checkpoint, newest_good
+from matformer.checkpoint.store import Checkpoint, newest_good, step_of
 from matformer.config.load import load_run
 from matformer.config.schema import RunConfig
 from matformer.engine.folder import RunFolder, State
@@ -34,7 +34,7 @@ def load_for_inference(run_folder: Path, *, ema: bool) -> tuple[RunConfig, Plain
     model = Matformer(config.model, trunk=host.build_trunk())
     host.prepare(model)
     _load_weights(host, model=model, checkpoint=Checkpoint(path), key="ema" if ema else "weights")
-    host.steps = int(path.name.removeprefix("step-"))
+    host.steps = step_of(path)
     model.eval().requires_grad_(False)
     log.info("%s of %s", "average of the weights" if ema else "weights", path)
     return config, host, model

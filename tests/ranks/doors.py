@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from matformer.checkpoint.store import complete
+
 Row = dict[str, Any]
 
 CONFIG = "configs/run/demo.yaml"
@@ -192,7 +194,7 @@ def series(run: Path, key: str) -> list[float]:
 
 def checkpoints(run: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"))
+    return complete(run / "checkpoints")
 
 
 def newest_tensors(run: Path) -> dict[str, torch.Tensor]:

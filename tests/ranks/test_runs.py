@@ -26,6 +26,7 @@ from data_prep.demo import prepare_minimal
 from data_prep.speech import SAMPLE_RATE
 from matformer import report, sample
 from matformer.checkpoint.manifest import verify
+from matformer.checkpoint.store import step_of
 from tests.ranks.doors import (
     COMPILERS,
     CONFIG,
@@ -105,7 +106,7 @@ class Stopped:
 
 def written(run: Path) -> tuple[list[int], int]:
     """Steps of the checkpoints, and of the last row of numbers."""
-    return [int(path.name.removeprefix("step-")) for path in checkpoints(run)], metrics(run)[-1]["step"]
+    return [step_of(path) for path in checkpoints(run)], metrics(run)[-1]["step"]
 
 
 def killed(house: House, *, layout: str) -> Stopped:

@@ -78,6 +78,19 @@ def test_the_newest_are_kept_and_nothing_half_written_has_a_name(tmp_path: Path)
     assert newest_good(tmp_path) == tmp_path / "step-000010"
 
 
+def test_past_a_million_steps_the_newest_is_the_newest(tmp_path: Path) -> None:
+    for step in (999_000, 999_500, 1_000_000, 1_000_500):
+        save_small(tmp_path, step, keep=2)
+    assert [path.name for path in complete(tmp_path)] == ["step-1000000", "step-1000500"]
+    assert newest_good(tmp_path) == tmp_path / "step-1000500"
+
+
+def test_only_folders_named_by_a_step_are_checkpoints(tmp_path: Path) -> None:
+    path = save_small(tmp_path, 1)
+    path.rename(tmp_path / "step-000001.kept")
+    assert complete(tmp_path) == []
+
+
 def test_no_folder_and_an_empty_folder_hold_no_checkpoint(tmp_path: Path) -> None:
     assert newest_good(tmp_path / "none") is None
     assert newest_good(tmp_path) is None
