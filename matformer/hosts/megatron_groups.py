@@ -43,7 +43,14 @@ def build_groups(plan: ParallelConfig) -> Groups:
         _join_world(plan)
     if not parallel_state.is_initialized():
         virtual = plan.virtual_stages if plan.virtual_stages > 1 else None
-        parallel_state.initialize_model_parallel(plan.tp, plan.pp, virtual)
+        minutes: Any = plan.timeout_seconds / 60  # megatron's word is int; it becomes a timedelta
+        parallel_state.initialize_model_parallel(
+            plan.tp,
+            plan.pp,
+            virtual,
+            distributed_timeout_minutes=minutes,
+            create_gloo_process_groups=False,  # beside those of the backend: nobody speaks in them
+        )
         model_parallel_cuda_manual_seed(1234)  # asked for under sequence parallelism; no random number is drawn from it
     state: Any = parallel_state
     tp, reduce = state.get_tensor_model_parallel_group(), state.get_data_parallel_group()

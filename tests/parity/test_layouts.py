@@ -411,3 +411,9 @@ def test_bfloat16_learns_what_float32_learns(name: str, world: World) -> None:
     assert trained[0].losses == trained[1].losses
     assert trained[0].losses[-1] < 0.8 * trained[0].losses[0]
     np.testing.assert_allclose(trained[0].losses, plain.losses, rtol=BFLOAT16_LOSS)
+
+
+def test_no_group_waits_longer_than_the_config_says(world: World) -> None:
+    config = run_of("tp2 cp2")
+    for patience in world(4).run(cases.patience_of_groups, config):
+        assert set(patience.values()) == {config.parallel.timeout_seconds}, patience

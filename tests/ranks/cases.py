@@ -354,6 +354,14 @@ def show_loaded(
     return held, metrics_row(numbers, config)["loss"]
 
 
+def patience_of_groups(config: RunConfig) -> dict[str, float]:
+    """Seconds after which a collective gives up, of every group that this process is in once the engine stands."""
+    with hosted(config):
+        groups = torch.distributed.distributed_c10d._world.pg_map  # pyright: ignore - no public list
+        backends = {group.group_desc or group.group_name: group._get_backend(torch.device("cpu")) for group in groups}
+        return {name: one.options._timeout.total_seconds() for name, one in backends.items()}
+
+
 def sleep_on_rank_one(seconds: float) -> int:
     """For the launcher's own test."""
     if os.environ["RANK"] == "1":
