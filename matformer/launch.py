@@ -10,31 +10,60 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher import api as launcher
 from torch.distributed.run import main as torchrun
 
 from matformer.parallel.process import share_of_cores
 
 STOPPED = 130
-SAID = (2, 3, STOPPED)  # exit codes of ranks that have said why in a sentence of their own
+SAID = (2, 3)  # exit codes of ranks that have said why in a sentence of their own
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0 finished, 130 stopped and saved, else that of the ranks that failed."""
+    """The exit code: 0 finished, 130 stopped and saved by all ranks, else that of the ranks that failed."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _share_cores(arguments)
     for name in ("multiprocessing.api", "multiprocessing.errors.error_handler", "agent.server.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)  # we say it in a sentence
+    codes: dict[int, int | None] = {}
     try:
-        torchrun(arguments)
-    except SignalException:  # given on to the ranks, and waited for
-        return STOPPED
+        with _remembered(codes):
+            torchrun(arguments)
+    except SignalException as error:  # given on to the ranks, and waited for
+        if not codes:
+            sys.stderr.write(f"ranks must be started, but {error.sigval.name} came before; start again\n")
+            return 1
+        return _code(dict(sorted(codes.items(), key=lambda one: (one[1] is None or one[1] < 0, one[0]))))
     except ChildFailedError as error:
-        return _code({rank: failure.exitcode for rank, failure in error.failures.items()}, first=error)
+        in_time = sorted(error.failures.items(), key=lambda one: one[1].timestamp)
+        return _code({rank: failure.exitcode for rank, failure in in_time})
     return 0
+
+
+@contextmanager
+def _remembered(codes: dict[int, int | None]) -> Iterator[None]:
+    """Inside, torchrun's agent writes down how its ranks ended, also after a signal: it tells nobody then."""
+
+    class Agent(LocalElasticAgent):
+        def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+            try:
+                super()._shutdown(death_sig, timeout)
+            finally:  # another signal may have cut it short
+                if isinstance(self._pcontext, SubprocessContext):
+                    for local, handler in self._pcontext.subprocess_handlers.items():
+                        codes[self._worker_group.workers[local].global_rank] = handler.proc.poll()
+
+    taken, launcher.LocalElasticAgent = launcher.LocalElasticAgent, Agent  # pyright: ignore[reportPrivateImportUsage]
+    try:
+        yield
+    finally:
+        launcher.LocalElasticAgent = taken  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _share_cores(arguments: Sequence[str]) -> None:
@@ -44,18 +73,26 @@ def _share_cores(arguments: Sequence[str]) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(share_of_cores(ranks[0])))
 
 
-def _code(codes: dict[int, int], *, first: ChildFailedError) -> int:
-    """One exit code for all ranks: a rank that said why counts more than those that its end took along."""
-    said = [code for code in codes.values() if code in SAID]
-    if said:
-        return said[0]
-    rank, failure = first.get_first_failure()
-    code = failure.exitcode
-    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+def _code(codes: Mapping[int, int | None]) -> int:
+    """One exit code for all ranks, in order of blame (None: not ended): one that said why counts before all others."""
+    for code in SAID:
+        if code in codes.values():
+            return code
+    failed = {rank: code for rank, code in codes.items() if code not in (0, STOPPED)}
+    if not failed:
+        return STOPPED if STOPPED in codes.values() else 0
+    rank, code = next(iter(failed.items()))
     sys.stderr.write(
-        f"every rank must end well, but rank {rank} {how}; start again to go on from the last checkpoint\n"
+        f"every rank must end well, but rank {rank} {_how(code)}; start again to go on from the last checkpoint\n"
     )
-    return 128 - code if code < 0 else code
+    shown = 1 if code is None else 128 - code if code < 0 else code
+    return 1 if shown == STOPPED else shown  # SIGINT's number says that all have saved
+
+
+def _how(code: int | None) -> str:
+    if code is None:
+        return "had not ended when a signal came again"
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
 
 
 if __name__ == "__main__":

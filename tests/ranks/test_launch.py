@@ -20,6 +20,16 @@ RANKS = """
     ending, here = sys.argv[1], pathlib.Path(sys.argv[2])
     rank = os.environ["RANK"]
     def stopped(number, frame):
+        if ending == "cannot save" and rank == "1":
+            sys.stderr.write("a sentence of rank 1\\n")
+            sys.exit(2)
+        if ending == "crashes as it saves" and rank == "1":
+            sys.exit(1)
+        if ending == "is killed as it saves" and rank == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if ending == "interrupted" and rank == "1":
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
         sys.exit(130)
     signal.signal(signal.SIGINT, stopped)
     (here / rank).touch()
@@ -71,6 +81,23 @@ def test_the_exit_code_is_the_ranks_own(tmp_path: Path, ending: str, code: int, 
 
 def test_a_signal_ends_all_ranks_without_a_traceback(tmp_path: Path) -> None:
     assert launched(tmp_path, "waits", number=signal.SIGINT) == (130, "")
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "words"),
+    [
+        ("cannot save", 2, "a sentence of rank 1\n"),
+        ("crashes as it saves", 1, "every rank must end well, but rank 1 failed with exit code 1; start again"),
+        ("is killed as it saves", 137, "every rank must end well, but rank 1 was ended by SIGKILL; start again"),
+        ("interrupted", 1, "every rank must end well, but rank 1 was ended by SIGINT; start again"),
+    ],
+)
+def test_stopped_and_saved_is_said_only_if_every_rank_has_saved(
+    tmp_path: Path, ending: str, code: int, words: str
+) -> None:
+    found, error = launched(tmp_path, ending, number=signal.SIGINT)
+    assert found == code, error
+    assert words in error and error.count("\n") == 1, error
 
 
 def test_ranks_share_the_cores_unless_the_user_says_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
