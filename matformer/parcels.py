@@ -272,4 +272,9 @@ class Batch:
 
 def _moved(record: Record, device: torch.device) -> Record:
     values = {field.name: getattr(record, field.name) for field in fields(record)}  # pyright: ignore
-    return type(record)(**{key: x.to(device) if isinstance(x, Tensor) else x for key, x in values.items()})
+    return type(record)(**{key: _sent(x, device) if isinstance(x, Tensor) else x for key, x in values.items()})
+
+
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """On a GPU from pinned memory: the host does not wait until the device has done all that it was told before."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

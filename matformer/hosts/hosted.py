@@ -96,7 +96,6 @@ class MegatronHost(Host):
         return self.replicated.summed()
 
     def train_step(self, batches: Sequence[Batch], *, objective: Objective, lr: float) -> StepResult:
-        batches = self._here(batches)
         for group in zero.inner_groups(self.engine):
             group["lr"] = lr
         averaged = self.groups.reduce_size  # DeepSpeed averages; our losses are divided by global counts already
@@ -105,9 +104,9 @@ class MegatronHost(Host):
             return objective(sums) * averaged
 
         if self.config.parallel.zero_stage == 1:
-            parts = run_schedule(self.stages, batches, trunks=self.trunks, objective=scaled, around=self.around)
+            parts = self._through_schedule(batches, scaled)
         else:
-            parts = [self._through_engine(batch, scaled) for batch in batches]
+            parts = [self._through_engine(self._ready(batch), scaled) for batch in batches]
         skipped_before = self.engine.skipped_steps
         self.engine.step()
         skipped = self.engine.skipped_steps > skipped_before
@@ -115,15 +114,15 @@ class MegatronHost(Host):
         totals = added([{name: value.sum() for name, value in part.items()} for part in parts])
         return StepResult(self._whole(totals), float(self.engine.get_global_grad_norm() or 0.0), skipped)
 
-    def _here(self, batches: Sequence[Batch]) -> list[Batch]:
-        """Microbatches as this rank takes them: its share of their units, on its device."""
-        if self.groups.share_size > 1:
-            batches = [self.share(batch) for batch in batches]
-        return [batch.to(self.engine.device) for batch in batches]
+    def _ready(self, batch: Batch) -> Batch:
+        """A microbatch as this rank takes it: its share of the units, on its device. Made as late as it is needed."""
+        return self.share(batch).to(self.engine.device)
 
     def share(self, batch: Batch) -> Batch:
         """This rank's share of a microbatch among those that hold it."""
         model, groups = self.config.model, self.groups
+        if groups.share_size == 1:
+            return batch
         share = share_out(batch, model=model, rank=groups.share_rank, ranks=groups.share_size)
         return replace(share, times=position_times(batch, modulated_media(model)))
 
@@ -135,6 +134,12 @@ class MegatronHost(Host):
         dist.all_reduce(stacked, group=self.groups.share)
         return dict(zip(sums, stacked, strict=True))
 
+    def _through_schedule(self, batches: Sequence[Batch], objective: Objective | None) -> list[Sums]:
+        around = self.around if objective else nullcontext
+        return run_schedule(
+            self.stages, batches, trunks=self.trunks, ready=self._ready, objective=objective, around=around
+        )
+
     def _through_engine(self, batch: Batch, objective: Objective) -> Sums:
         with self.around():
             sums = self.engine(batch)
@@ -143,13 +148,11 @@ class MegatronHost(Host):
 
     @torch.no_grad()
     def forward_only(self, batches: Sequence[Batch]) -> list[Sums]:
-        batches = self._here(batches)
         if self.config.parallel.zero_stage == 1:
-            filled = batches + [batches[-1]] * (-len(batches) % self._microbatch_group())
-            sums = run_schedule(self.stages, filled, trunks=self.trunks, objective=None, around=nullcontext)
-            sums = sums[: len(batches)]
+            filled = [*batches, *[batches[-1]] * (-len(batches) % self._microbatch_group())]
+            sums = self._through_schedule(filled, None)[: len(batches)]
         else:
-            sums = [self.engine(batch) for batch in batches]
+            sums = [self.engine(self._ready(batch)) for batch in batches]
             zero.forget_gathered(self.engine)  # else an average that is swapped in afterwards has no effect
         return [self._whole(one) for one in sums]
 
@@ -159,7 +162,7 @@ class MegatronHost(Host):
         return plan.pp if plan.virtual_stages > 1 else 1
 
     def sums_with_graph(self, batch: Batch) -> Sums:
-        return self.model(*self._here([batch]))
+        return self.model(self._ready(batch))
 
     def layer_weights(self) -> list[LayerWeight]:
         found = []

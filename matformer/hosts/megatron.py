@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import tee
 from typing import Any, final
 
 import torch
@@ -114,12 +115,15 @@ def run_schedule(
     batches: Sequence[Batch],
     *,
     trunks: Sequence[MegatronTrunk],
+    ready: Callable[[Batch], Batch],
     objective: Objective | None,
     around: Callable[[], AbstractContextManager[None]],
 ) -> list[Sums]:
     """All microbatches through megatron's schedule, backward too if there is an objective. Collective.
 
-    around: what each forward runs inside of. Returns each microbatch's sums on the last stage, [] elsewhere.
+    ready: a microbatch as this rank's stages take it, asked for once and only when the first of them does: what it
+    costs the CPU passes while the GPU computes. around: what each forward runs inside of.
+    Returns each microbatch's sums on the last stage, [] elsewhere.
     """
     for stage, trunk in zip(stages, trunks, strict=True):  # read by megatron's schedules
         stage.config, stage.model_type, stage.vp_stage = trunk.config, ModelType.encoder_or_decoder, trunk.stage
@@ -128,17 +132,19 @@ def run_schedule(
     assert not interleaved or len(sizes) == 1, f"an interleaved schedule sends equal shapes alone, got {sorted(sizes)}"
 
     def forward_step(iterator: Any, module: nn.Module) -> tuple[Any, Any]:  # noqa: ANN401 - megatron's contract
+        batch = next(iterator)
         with around():
-            return module(next(iterator)), loss_function
+            return module(batch), loss_function
 
     def loss_function(sums: Sums) -> tuple[Tensor, Tensor, Sums]:
         one = torch.ones((), dtype=torch.int)
         loss = objective(sums) if objective else torch.zeros(())
         return loss, one, {name: value.detach() for name, value in sums.items()}
 
+    iterators = tee(map(ready, batches), len(stages))
     outputs = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=[iter(batches) for _ in stages] if interleaved else iter(batches),
+        data_iterator=list(iterators) if interleaved else iterators[0],
         model=list(stages) if interleaved else stages[0],
         num_microbatches=len(batches),
         seq_length=batches[0].grid.kind_BS.numel() // trunks[0].groups.cp_size,

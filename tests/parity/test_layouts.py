@@ -328,6 +328,14 @@ def test_gradients_are_summed_whatever_their_order_in_memory(world: World) -> No
     assert world(2).run(cases.sum_of_two_orders, run_of("tp2")) == [True, True]
 
 
+@pytest.mark.parametrize("name", ["tp2", "tp2 zero2", "cp2 pp2 interleaved"])
+def test_a_microbatch_is_shared_out_once_and_not_before_it_is_needed(name: str, world: World) -> None:
+    config = run_of(name)
+    for done in world(config.parallel.ranks).run(cases.order_of_work, config, mixed_steps()[0]):
+        assert done.count("share") == done.count("forward") == len(mixed_steps()[0])
+        assert done[:2] == ["share", "forward"]
+
+
 @pytest.mark.parametrize("name", ["tp2", "pp2", "dp2 zero2", "dp2 zero3"])
 def test_clipping_takes_the_norm_of_the_whole_gradient(name: str, world: World) -> None:
     plain = reference(mixed_steps, clip=0.5)

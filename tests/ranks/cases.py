@@ -172,9 +172,8 @@ def double_gradients(config: RunConfig, batches: GlobalBatch) -> Arrays:
         for trunk in host.trunks:
             trunk.config.pipeline_dtype = torch.float64
         mine = share(batches, host.groups)
-        shares = [host.share(batch) for batch in mine] if host.groups.share_size > 1 else list(mine)
         objective = _objective(mine, config, groups=host.groups)
-        run_schedule(host.stages, shares, trunks=host.trunks, objective=objective, around=host.around)
+        run_schedule(host.stages, mine, trunks=host.trunks, ready=host.share, objective=objective, around=host.around)
         return _owned_gradients(host, model)
     finally:
         parallel_state.destroy_model_parallel()
@@ -352,6 +351,22 @@ def show_loaded(
     held |= {moment: _arrays(values) for moment, values in state.moments.items()}
     numbers = optimizer_step(host, share(batches, host.groups), config=config, step=step)
     return held, metrics_row(numbers, config)["loss"]
+
+
+def order_of_work(config: RunConfig, batches: GlobalBatch) -> list[str]:
+    """What a rank does in a step: "share" of a microbatch taken, "forward" of its first stage begun."""
+    with hosted(config) as host:
+        done: list[str] = []
+        take = host.share
+
+        def share_seen(batch: Batch) -> Batch:
+            done.append("share")
+            return take(batch)
+
+        host.share = share_seen
+        host.stages[0].register_forward_pre_hook(lambda *_: done.append("forward"))
+        optimizer_step(host, share(batches, host.groups), config=config, step=0)
+        return done
 
 
 def patience_of_groups(config: RunConfig) -> dict[str, float]:
