@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from math import prod
 from typing import final
 
 import torch
@@ -34,8 +35,10 @@ from matformer.hosts.megatron_groups import ModelParallelUnit, build_groups
 from matformer.hosts.plain import added
 from matformer.hosts.replicated import ReplicatedWeights
 from matformer.layers.modulation import position_times
-from matformer.parallel.shares import share_out
+from matformer.parallel.shares import deal, share_out
 from matformer.parcels import Batch
+
+MOST_WRITERS = 8  # of a stage's checkpoint: as many files, as a rule on one node
 
 
 @final
@@ -75,9 +78,18 @@ class MegatronHost(Host):
         """Take the rank's stages: how their tensors stand to the global ones, and which are summed over TP."""
         atto = self.config.model.atto
         self.layouts = layouts(model, atto=atto, first_layers=[trunk.first_layer for trunk in self.trunks])
+        self.writers = self._writers()
         self.model = model
         self.stages = list(model) if isinstance(model, nn.ModuleList) else [model]
         self.replicated = self._replicated()
+
+    def _writers(self) -> dict[str, int]:
+        """Which of the ranks that hold a stage writes each global tensor: about as many numbers each."""
+        pieces = [piece for layout in self.layouts.values() for piece in layout.pieces]
+        sizes = [prod(piece.global_shape(self.groups.tp_size)) for piece in pieces]
+        ranks = min(MOST_WRITERS, self.groups.tp_size * self.groups.reduce_size)
+        dealt = deal({"all": sizes}, ranks=ranks)["all"].tolist()
+        return {piece.name: rank for piece, rank in zip(pieces, dealt, strict=True)}
 
     def _replicated(self) -> ReplicatedWeights | None:
         """Preludi, Code and router, of which each tensor-parallel rank runs a share; None where one rank runs all."""
@@ -188,12 +200,12 @@ class MegatronHost(Host):
 
     def _gathered(self, value_of: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
         """Global tensors in the host's memory: on the device one parameter at a time is whole, and let go again."""
-        owner = self.groups.reduce_rank == 0 and self.groups.tp_rank == 0
-        tensors = {}
+        groups, tensors = self.groups, {}
+        here = groups.reduce_rank * groups.tp_size + groups.tp_rank
         for name, parameter in self.model.named_parameters():
             full = value_of(parameter).view(shape_of(parameter)).float()
-            for piece, tensor in to_global(full, self.layouts[name], groups=self.groups):
-                if owner:
+            for piece, tensor in to_global(full, self.layouts[name], groups=groups):
+                if self.writers[piece] == here:
                     tensors[piece] = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
         return tensors
 

@@ -94,3 +94,9 @@ def test_a_rank_that_alone_cannot_write_fails_all_ranks_at_once(world: World, tm
     assert str(error.value).count(CheckpointError.__name__) >= 2
     assert "still running" not in str(error.value)
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize("layout", [TP2, CP2, DP2, ZERO3], ids=["tp2", "cp2", "dp2", "zero3"])
+def test_ranks_that_hold_the_same_share_what_is_written(layout: Mapping[str, Any], world: World) -> None:
+    held = [sum(sizes) for sizes in world(2).run(cases.sizes_of_state, run_of(layout))]
+    assert min(held) > 0.45 * sum(held)

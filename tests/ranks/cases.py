@@ -332,6 +332,14 @@ def train_and_save(config: RunConfig, steps: Sequence[GlobalBatch], folder: Path
         return metrics_row(numbers, config)["loss"]
 
 
+def sizes_of_state(config: RunConfig) -> list[int]:
+    """Numbers in each tensor that this rank is to write: weights, moments and average."""
+    with hosted(config) as host:
+        state, average = host.state(), Average(host, decay=0.9).state()
+        parts = [state.weights, *state.moments.values(), average]
+        return [value.numel() for part in parts for value in part.values()]
+
+
 def load_and_show(config: RunConfig, path: Path, batches: GlobalBatch, step: int) -> tuple[dict[str, Arrays], float]:
     """Load a checkpoint under a layout: what this rank owns of it, and the loss of the next step."""
     with hosted(config) as host:
