@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matformer.errors import CheckpointError
@@ -18,15 +19,22 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_manifest(folder: Path) -> None:
-    """Name every file of the folder with size and digest."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    entries = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": digest(path)} for path in files}
-    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1))
+def entries_of(files: Sequence[Path]) -> dict[str, dict[str, str | int]]:
+    """What the manifest says of these files, by name: size and digest."""
+    return {path.name: {"bytes": path.stat().st_size, "sha256": digest(path)} for path in files}
 
 
-def verify(folder: Path) -> None:
-    """Raises CheckpointError, naming the file, unless every file is there and has its digest."""
+def write_manifest(folder: Path, entries: Mapping[str, Mapping[str, str | int]]) -> None:
+    """Name the folder's files with size and digest."""
+    in_order = dict(sorted(entries.items()))
+    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": in_order}, indent=1))
+
+
+def verify(folder: Path, *, part: int = 0, parts: int = 1) -> None:
+    """Raises CheckpointError, naming the file, unless every file is there and has its digest.
+
+    parts: of so many that share the files out, `part` alone is looked at here.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
@@ -35,7 +43,10 @@ def verify(folder: Path) -> None:
         ) from error
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"checkpoint {folder} has format {manifest.get('format')}, this program reads {FORMAT}")
-    for name, entry in manifest["files"].items():
+    files = manifest["files"]
+    for number, (name, entry) in enumerate(files.items()):
+        if number * parts // len(files) != part:
+            continue
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"checkpoint {folder} lacks its file {name}; delete this folder")

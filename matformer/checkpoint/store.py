@@ -24,14 +24,17 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
-from matformer.checkpoint.manifest import STATE, verify, write_manifest
+from matformer.checkpoint.manifest import STATE, entries_of, verify, write_manifest
 from matformer.errors import CheckpointError
+from matformer.parallel.groups import everybody
 
 log = logging.getLogger(__name__)
 
 
 def save(folder: Path, step: int, *, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int) -> Path:
     """Write checkpoint `step` under `folder`; keep the newest `keep`. Collective: each rank brings what it owns.
+
+    tensors: on the CPU.
 
     Raises CheckpointError (on all ranks) when the disk is full; older checkpoints are untouched then.
     """
@@ -40,7 +43,8 @@ def save(folder: Path, step: int, *, tensors: Mapping[str, Tensor], state: Mappi
         _check_room(folder, sum(t.numel() * t.element_size() for t in tensors.values()))
         _on_lead(lambda: _begin(writing))
         _write_tensors(writing, tensors)
-        _on_lead(lambda: _commit(writing, final, state=state))
+        entries = _entries(writing, wrote=bool(tensors))
+        _on_lead(lambda: _commit(writing, final, state=state, entries=entries))
     except (OSError, CheckpointException) as error:
         shutil.rmtree(writing, ignore_errors=True)
         raise CheckpointError(
@@ -57,9 +61,9 @@ def _begin(writing: Path) -> None:
     writing.mkdir(parents=True)
 
 
-def _commit(writing: Path, final: Path, *, state: Mapping[str, Any]) -> None:
+def _commit(writing: Path, final: Path, *, state: Mapping[str, Any], entries: Mapping[str, Any]) -> None:
     (writing / STATE).write_text(json.dumps(state))
-    write_manifest(writing)
+    write_manifest(writing, {**entries, **entries_of([writing / STATE])})
     shutil.rmtree(final, ignore_errors=True)
     writing.rename(final)
 
@@ -77,11 +81,26 @@ def _on_lead(action: Callable[[], None]) -> None:
 
 
 def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    owned = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a single process is a single process
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        save_tensors(owned, storage_writer=writer, no_dist=not dist.is_initialized())
+        save_tensors(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
+
+
+def _entries(folder: Path, *, wrote: bool) -> dict[str, Any]:
+    """What the manifest is to say of all tensor files: each rank reads the one that it wrote. Collective."""
+    mine: dict[str, Any] | OSError
+    try:
+        mine = entries_of(list(folder.glob(f"shard-{_rank() + 1:05d}-*.safetensors")))  # torch's name for it
+        assert bool(mine) == wrote
+    except OSError as error:
+        mine = error
+    found: dict[str, Any] = {}
+    for one in everybody(mine):
+        if isinstance(one, OSError):
+            raise one
+        found |= one
+    return found
 
 
 def _check_room(folder: Path, needed: int) -> None:
@@ -127,21 +146,30 @@ def step_of(path: Path) -> int:
 def newest_good(folder: Path) -> Path | None:
     """The newest checkpoint whose digests hold; damaged ones are named and passed over. None if there is none at all.
 
-    Raises CheckpointError if there are checkpoints but none is good: a run must not silently begin anew.
+    Collective: its files are dealt out to the ranks. Raises CheckpointError (on all ranks) if there are checkpoints
+    but none is good: a run must not silently begin anew.
     """
-    candidates = complete(folder)
+    candidates = everybody(complete(folder))[0]
     for path in reversed(candidates):
-        try:
-            verify(path)
-        except CheckpointError as error:
-            log.warning("%s", error)
-            continue
-        return path
+        damages = [damage for damage in everybody(_damage(path)) if damage]
+        if not damages:
+            return path
+        if _rank() == 0:
+            log.warning("%s", damages[0])
     if candidates:
         raise CheckpointError(
             f"none of the {len(candidates)} checkpoints in {folder} is whole; delete the folder to begin anew"
         )
     return None
+
+
+def _damage(path: Path) -> str:
+    """What this rank finds wrong in its part of a checkpoint's files; "" if nothing."""
+    try:
+        verify(path, part=_rank(), parts=dist.get_world_size() if dist.is_initialized() else 1)
+    except CheckpointError as error:
+        return str(error)
+    return ""
 
 
 class Checkpoint:

@@ -24,7 +24,7 @@ from matformer.hosts.plain import PlainHost, plain_trunk
 from matformer.model import Matformer
 from matformer.observe.meters import Throughput
 from matformer.observe.sinks import Sink
-from matformer.parallel.groups import Groups
+from matformer.parallel.groups import Groups, everybody
 from matformer.parcels import Batch
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Run:
 
     def resume(self) -> bool:
         """Take the newest good checkpoint, if there is one. Collective."""
-        path = agreed(newest_good(self.checkpoints) if self.host.groups.rank == 0 else None, self.host.groups)
+        path = newest_good(self.checkpoints)
         if path is None:
             return False
         checkpoint = Checkpoint(path)
@@ -98,7 +98,7 @@ class Run:
         state = {
             "step": self.step,
             "optimizer_step": training.step,
-            "loader": merge_states(everybody(self.loader.state(), self.host.groups)),
+            "loader": merge_states(everybody(self.loader.state())),
             "throughput": self.throughput.state(),
         }
         save(self.checkpoints, self.step, tensors=tensors, state=state, keep=self.config.run.keep_checkpoints)
@@ -117,15 +117,6 @@ def agreed(value: Any, groups: Groups) -> Any:  # noqa: ANN401 - any picklable v
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def everybody(value: Any, groups: Groups) -> list[Any]:  # noqa: ANN401 - any picklable value
-    """Every rank's value, on every rank. Collective."""
-    if groups.world == 1:
-        return [value]
-    values: list[Any] = [None] * groups.world
-    dist.all_gather_object(values, value)
-    return values
 
 
 def train(run: Run, *, stopping: Callable[[], bool], evaluate: Callable[[Host], dict[str, float]]) -> bool:

@@ -35,10 +35,9 @@ from matformer.hosts.megatron_groups import ModelParallelUnit, build_groups
 from matformer.hosts.plain import added
 from matformer.hosts.replicated import ReplicatedWeights
 from matformer.layers.modulation import position_times
+from matformer.parallel.memory import writers
 from matformer.parallel.shares import deal, share_out
 from matformer.parcels import Batch
-
-MOST_WRITERS = 8  # of a stage's checkpoint: as many files, as a rule on one node
 
 
 @final
@@ -87,8 +86,7 @@ class MegatronHost(Host):
         """Which of the ranks that hold a stage writes each global tensor: about as many numbers each."""
         pieces = [piece for layout in self.layouts.values() for piece in layout.pieces]
         sizes = [prod(piece.global_shape(self.groups.tp_size)) for piece in pieces]
-        ranks = min(MOST_WRITERS, self.groups.tp_size * self.groups.reduce_size)
-        dealt = deal({"all": sizes}, ranks=ranks)["all"].tolist()
+        dealt = deal({"all": sizes}, ranks=writers(self.config.parallel))["all"].tolist()
         return {piece.name: rank for piece, rank in zip(pieces, dealt, strict=True)}
 
     def _replicated(self) -> ReplicatedWeights | None:

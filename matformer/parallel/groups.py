@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -74,4 +75,13 @@ def sum_over_world(values: Tensor, groups: Groups) -> Tensor:
     """Sum a small tensor over all ranks (in place where there are several). Collective."""
     if groups.world > 1:
         dist.all_reduce(values)
+    return values
+
+
+def everybody(value: Any) -> list[Any]:  # noqa: ANN401 - any picklable value
+    """Every rank's value, on every rank. Collective."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
     return values

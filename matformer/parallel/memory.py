@@ -2,7 +2,7 @@
 
 State stands all the time. Over it lie three phases of a step, of which the largest is the peak: forward and backward
 (activations, gradients, the bucket that reduces them), the update, and the average's step. Saving is none: it gathers
-one tensor at a time on the device. What the optimizer has in the host's memory is counted apart.
+one tensor at a time on the device. What stands in the host's memory is counted apart.
 Sources of the hosts' shares: deepspeed 0.19, stage_1_and_2.py, bf16_optimizer.py, stage3.py; tests/ranks/test_memory.py
 holds them to what ranks allocate.
 """
@@ -25,6 +25,7 @@ from matformer.parallel.pipeline import waiting
 _parameters_by_part = lru_cache(maxsize=8)(parameters_by_part)  # a search asks the same of many layouts
 _kept_by_part = lru_cache(maxsize=64)(activations.kept_by_part)
 
+MOST_WRITERS = 8  # of a stage's part of a checkpoint: as many files, as a rule from one node
 LARGEST_BUCKET = 500_000_000  # elements; DeepSpeed's default, which it takes anew every step whatever the model needs
 
 
@@ -116,7 +117,11 @@ def replicated_parameters(model: ModelConfig, stage: Stage) -> int:
 
 @dataclass(frozen=True, slots=True)
 class RankMemory:
-    """Bytes. The first five stand all the time; the others in their phases. host: not on the device."""
+    """Bytes. The first five stand all the time; the others in their phases.
+
+    In the host's memory, not on the device: `host` all the time, `saving` while a checkpoint is written, by each rank
+    that writes.
+    """
 
     weights: float
     masters: float
@@ -129,6 +134,7 @@ class RankMemory:
     update: float
     averaging: float
     host: float = 0.0
+    saving: float = 0.0
 
     @property
     def state(self) -> float:
@@ -171,7 +177,13 @@ def rank_memory(config: RunConfig, counts: Counts, stage: Stage, *, core: Core =
         update=one.update,
         averaging=FLOAT32 * number if one.size < FLOAT32 and parallel.zero_stage < 3 else 0.0,
         host=one.host(moments=moments),
+        saving=FLOAT32 * (2 + moments) * parameters_of_stage(config.model, stage, tp=1) / writers(parallel),
     )
+
+
+def writers(parallel: ParallelConfig) -> int:
+    """Ranks that write a stage's part of a checkpoint, of those that hold it."""
+    return min(MOST_WRITERS, parallel.tp * parallel.reduce_ranks)
 
 
 def worst_rank(config: RunConfig, counts: Counts, *, core: Core = "fused") -> RankMemory:

@@ -12,12 +12,13 @@ from matformer.parallel.counts import Counts, MediaCounts
 from matformer.parallel.expected import Guess, expected_counts
 from matformer.parallel.flops import added, flops_by_part
 from matformer.parallel.layouts import Estimate
-from matformer.parallel.memory import RankMemory
+from matformer.parallel.memory import RankMemory, writers
 from matformer.parallel.parameters import parameters_by_part
 
 Row = tuple[str, ...]
 
 PARTS_HEAD: Row = ("part", "parameters", "FLOPs", "of all", "units a sequence", "FLOPs a unit")
+ON_HOST = ("host", "saving")  # fields of RankMemory
 MANY = {"patch": "patches"}
 AS_FAST = 1.01  # steps that differ by less are equal: no expectation is that good
 LAYOUTS_HEAD: Row = tuple("tp,cp,pp x stages,dp,ZeRO,recompute,microbatch,memory,bubble,step,MFU,latents/s".split(","))
@@ -83,14 +84,15 @@ def layout_row(one: Estimate, device: DeviceConfig) -> Row:
 def detail_rows(one: Estimate, device: DeviceConfig) -> list[Row]:
     """Memory, traffic and time of a layout, item by item."""
     memory, time = one.memory, one.time
-    names = [field.name for field in fields(RankMemory) if getattr(memory, field.name) and field.name != "host"]
-    host = [("in the host's memory", f"{gib(memory.host)}: the optimizer, whose update's time is not counted")]
+    names = [field.name for field in fields(RankMemory) if getattr(memory, field.name) and field.name not in ON_HOST]
+    host = [f"{gib(memory.host)} the optimizer, whose update's time is not counted"] if memory.host else []
+    host.append(f"{gib(memory.saving)} while it writes a checkpoint, as {writers(one.config.parallel)} a stage do")
     phases = ", ".join(f"{name} {gib(value)}" for name, value in memory.phases.items())
     sent = one.traffic
     return [
         ("memory of the fullest rank", ", ".join(f"{name} {gib(getattr(memory, name))}" for name in names)),
         ("at most in", f"{phases}; {gib(device.usable_bytes)} can be used"),
-        *(host if memory.host else ()),
+        ("in the host's memory", "; ".join(host)),
         (
             "sent by a rank a step",
             f"TP {gib(sent.tensor)}, CP {gib(sent.context)}, PP {gib(sent.pipeline)}, DP {gib(sent.data)}",

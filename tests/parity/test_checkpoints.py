@@ -100,3 +100,14 @@ def test_a_rank_that_alone_cannot_write_fails_all_ranks_at_once(world: World, tm
 def test_ranks_that_hold_the_same_share_what_is_written(layout: Mapping[str, Any], world: World) -> None:
     held = [sum(sizes) for sizes in world(2).run(cases.sizes_of_state, run_of(layout))]
     assert min(held) > 0.45 * sum(held)
+
+
+def test_each_rank_reads_a_part_of_the_files_for_their_digests(world: World, tmp_path: Path) -> None:
+    shown = world(2).run(cases.save_and_read_again, run_of(DP2), tmp_path)
+    older, newest = complete(tmp_path)
+    tensor_files = sorted(path.name for path in newest.glob("*.safetensors"))
+    assert [written for written, *_ in shown] == [[tensor_files[0], "state.json"], [tensor_files[1]]]
+    parts = [read for _, read, *_ in shown]
+    assert all(parts) and sorted(parts[0] + parts[1]) == [*tensor_files, "state.json"]
+    assert [found for *_, found, _ in shown] == [newest, newest]
+    assert [found for *_, found in shown] == [older, older]

@@ -27,7 +27,8 @@ with warnings.catch_warnings():
     from matformer.hosts.replicated import ReplicatedWeights, SummedOverGroup
 
 import matformer.engine.step as step_room
-from matformer.checkpoint.store import Checkpoint, save
+from matformer.checkpoint import manifest
+from matformer.checkpoint.store import Checkpoint, newest_good, save
 from matformer.config.schema import RunConfig
 from matformer.engine.average import Average
 from matformer.engine.gradients import gradient_row
@@ -338,6 +339,38 @@ def sizes_of_state(config: RunConfig) -> list[int]:
         state, average = host.state(), Average(host, decay=0.9).state()
         parts = [state.weights, *state.moments.values(), average]
         return [value.numel() for part in parts for value in part.values()]
+
+
+def save_and_read_again(config: RunConfig, folder: Path) -> tuple[list[str], list[str], Path | None, Path | None]:
+    """What this rank digested of a checkpoint's files, writing and then seeking it, and what was found.
+
+    Last, what is found of two checkpoints once a file of the newer is damaged.
+    """
+    seen: list[str] = []
+    taken = manifest.digest
+
+    def digest_seen(path: Path) -> str:
+        seen.append(path.name)
+        return taken(path)
+
+    with hosted(config) as host:
+        tensors = {f"weights/{name}": value for name, value in host.state().weights.items()}
+        save(folder, 1, tensors=tensors, state={}, keep=2)
+        manifest.digest = digest_seen
+        try:
+            newest = save(folder, 2, tensors=tensors, state={}, keep=2)
+            written = list(seen)
+            seen.clear()
+            found = newest_good(folder)
+            read = list(seen)
+        finally:
+            manifest.digest = taken
+        torch.distributed.barrier()
+        if host.groups.rank == 0:
+            last = max(newest.glob("*.safetensors"))
+            last.write_bytes(last.read_bytes()[:-1])
+        torch.distributed.barrier()
+        return written, read, found, newest_good(folder)
 
 
 def load_and_show(config: RunConfig, path: Path, batches: GlobalBatch, step: int) -> tuple[dict[str, Arrays], float]:

@@ -195,6 +195,11 @@ def test_full_recompute_keeps_one_stream_a_layer() -> None:
     assert deep - shallow == pytest.approx(8192 * 2048 * 2)
 
 
+def on_host(one: Estimate) -> str:
+    """What the plan says of the host's memory."""
+    return next(row[1] for row in detail_rows(one, H100) if row[0] == "in the host's memory")
+
+
 def test_an_offloaded_optimizer_stands_in_the_hosts_memory() -> None:
     """Of 8 ranks: a master, two moments and their gradient in float32; ZeRO 2: two bfloat16 copies, ZeRO 3: a sum."""
     number = sum(parameters_by_part(run_of("1b").model).values())
@@ -208,7 +213,17 @@ def test_an_offloaded_optimizer_stands_in_the_hosts_memory() -> None:
         assert there.memory.masters == there.memory.moments == 0.0
         assert here.memory.state - there.memory.state >= 12 * number / 8
         assert here.time.update - there.time.update == pytest.approx(28 * number / 8 / 2.8e12)
-        assert any("in the host's memory" in row[0] for row in detail_rows(there, H100))
+        assert "the optimizer" in on_host(there)
+        assert "the optimizer" not in on_host(here)
+
+
+def test_what_a_rank_writes_of_a_checkpoint_stands_in_the_hosts_memory() -> None:
+    """Weights, two moments and the average in float32, of the whole stage, in at most eight ranks."""
+    number = sum(parameters_by_part(run_of("1b").model).values())
+    for keys, ranks in ((["parallel.dp=4"], 4), (["parallel.tp=2", "parallel.dp=16"], 8)):
+        one = estimate_of(run_of("1b", *keys))
+        assert one.memory.saving == pytest.approx(16 * number / ranks)
+        assert f"as {ranks} a stage do" in on_host(one)
 
 
 def test_the_search_interleaves_and_computes_again_only_what_does_not_fit() -> None:
