@@ -79,8 +79,6 @@ def _transformer_config(atto: AttoConfig, plan: ParallelConfig, *, dtype: torch.
         # other gives back.
         batch_p2p_comm=plan.virtual_stages == 1,
         overlap_p2p_comm=plan.virtual_stages > 1,
-        moe_token_dispatcher_type="alltoall",  # what variable lengths ask for, though there is no mixture of experts
-        variable_seq_lengths=plan.pp > 1 and plan.virtual_stages == 1,  # held-out batches may differ in their rows
         **RECOMPUTE[plan.recompute],
         pipeline_dtype=dtype,
         params_dtype=dtype,

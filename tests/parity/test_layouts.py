@@ -25,6 +25,7 @@ from matformer.data.packing import (
     with_noise,
 )
 from matformer.data.sources import MediaSpan, Role, media_span
+from matformer.engine.document_sums import gather_documents
 from matformer.engine.gradients import gradient_row
 from matformer.parcels import Batch
 from tests.made import (
@@ -352,7 +353,8 @@ def test_a_rank_without_a_modality_neither_hangs_nor_shifts_the_mean(name: str, 
 
 @pytest.mark.parametrize("name", ["tp2 sequence parallel", "pp2", "dp2 zero2", "dp2 zero3"])
 def test_heldout_sums_by_document_are_those_of_one_rank(name: str, world: World) -> None:
-    config, batches = run_of(name), [with_both(1), one_a_row(mixed_documents()), one_a_row(mixed_documents()[:1])]
+    config, rows = run_of(name), [mixed_documents()[:2], mixed_documents(), mixed_documents()[:1]]
+    batches = gather_documents(map(one_a_row, rows), num_rows=len(mixed_documents())).batches
     plain = cases.plain_host(tiny_run(layers=LAYERS)).forward_only(batches)
     spoken = [sums for sums in world(2).run(cases.evaluate_ranks, config, batches) if sums]
     assert len(spoken) == config.parallel.dp
@@ -361,6 +363,13 @@ def test_heldout_sums_by_document_are_those_of_one_rank(name: str, world: World)
             assert sorted(seen) == sorted(expected)
             for part, values in expected.items():
                 np.testing.assert_allclose(seen[part], values.numpy(), rtol=LOSS, atol=LOSS, err_msg=part)
+
+
+def test_a_pipeline_is_refused_unequal_shapes(world: World) -> None:
+    """It would ask the next stage for the shape before each send, and wait for the answer."""
+    batches = [one_a_row(mixed_documents()), one_a_row(mixed_documents()[:1])]
+    with pytest.raises(RanksFailed, match="a pipeline sends equal shapes alone"):
+        world(2).run(cases.evaluate_ranks, run_of("pp2"), batches, limit_seconds=20.0)
 
 
 @pytest.mark.parametrize(
