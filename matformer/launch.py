@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -26,9 +27,22 @@ SAID = (2, 3)  # exit codes of ranks that have said why in a sentence of their o
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0 finished, 130 stopped and saved by all ranks, else that of the ranks that failed."""
+    """The exit code: 0 finished, 130 stopped and saved by all ranks, else that of the ranks that failed.
+
+    2 before any rank is started where this machine has fewer GPUs than ranks.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    _share_cores(arguments)
+    ranks = _local_ranks(arguments)
+    if ranks is not None:
+        gpus = torch.cuda.device_count()
+        if 0 < gpus < ranks:
+            sys.stderr.write(
+                f"a machine must have a GPU for each of its ranks, got {gpus} for {ranks}; change parallel.* or the "
+                "number of nodes, or set CUDA_VISIBLE_DEVICES= to run without GPUs\n"
+            )
+            return 2
+        # torchrun would say one thread; OpenMP asked for more later spins beside other work
+        os.environ.setdefault("OMP_NUM_THREADS", str(share_of_cores(ranks)))
     for name in ("multiprocessing.api", "multiprocessing.errors.error_handler", "agent.server.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)  # we say it in a sentence
     codes: dict[int, int | None] = {}
@@ -66,11 +80,10 @@ def _remembered(codes: dict[int, int | None]) -> Iterator[None]:
         launcher.LocalElasticAgent = taken  # pyright: ignore[reportPrivateImportUsage]
 
 
-def _share_cores(arguments: Sequence[str]) -> None:
-    """Ranks share the cores out. torchrun would say one thread; OpenMP asked for more later spins beside other work."""
-    ranks = [int(found[1]) for one in arguments if (found := re.fullmatch(r"--nproc-per-node=(\d+)", one))]
-    if ranks:
-        os.environ.setdefault("OMP_NUM_THREADS", str(share_of_cores(ranks[0])))
+def _local_ranks(arguments: Sequence[str]) -> int | None:
+    """How many ranks this machine is to start, where the arguments say so."""
+    found = (re.fullmatch(r"--nproc-per-node=(\d+)", one) for one in arguments)
+    return next((int(one[1]) for one in found if one), None)
 
 
 def _code(codes: Mapping[int, int | None]) -> int:

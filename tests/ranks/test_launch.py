@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from matformer import launch
 
@@ -110,6 +111,20 @@ def test_ranks_share_the_cores_unless_the_user_says_how_many(monkeypatch: pytest
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     launch.main(["--nproc-per-node=2", "script.py"])
     assert seen == ["4", "3"]
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 2, 8])
+def test_more_ranks_than_gpus_are_refused_before_any_is_started(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], gpus: int
+) -> None:
+    started: list[bool] = []
+    monkeypatch.setattr(launch, "torchrun", lambda arguments: started.append(True))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    refused = gpus == 1
+    assert launch.main(["--nproc-per-node=2", "script.py"]) == (2 if refused else 0)
+    assert bool(started) != refused
+    assert ("got 1 for 2; change parallel.*" in capsys.readouterr().err) == refused
 
 
 def test_threads_are_the_configs_or_what_openmp_was_told() -> None:
