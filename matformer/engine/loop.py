@@ -61,7 +61,7 @@ def num_parameters(config: RunConfig) -> int:
 
 @dataclass
 class Run:
-    """All that moves during training, on one rank."""
+    """All that moves during training, on one rank. owes_heldout: a stop left out the held-out numbers of this step."""
 
     config: RunConfig
     host: Host
@@ -72,6 +72,7 @@ class Run:
     throughput: Throughput = field(default_factory=Throughput)
     step: int = 0
     saved_step: int = -1
+    owes_heldout: bool = False
 
     def resume(self) -> bool:
         """Take the newest good checkpoint, if there is one. Collective."""
@@ -129,9 +130,13 @@ def everybody(value: Any, groups: Groups) -> list[Any]:  # noqa: ANN401 - any pi
 
 
 def train(run: Run, *, stopping: Callable[[], bool], evaluate: Callable[[Host], dict[str, float]]) -> bool:
-    """Steps until the last one or until some rank is asked to stop; saves at the end. True if finished. Collective."""
+    """Steps until the last one or until some rank is asked to stop; saves at the end. True if all steps are done and
+    nobody asked. Collective.
+    """
     config = run.config
     stopped = False
+    if run.owes_heldout:
+        run.show(held_out(run, evaluate))
     while run.step < config.train.steps and not stopped:
         began = time.monotonic()
         batches = run.loader.next_global_batch(run.step)
@@ -139,14 +144,18 @@ def train(run: Run, *, stopping: Callable[[], bool], evaluate: Callable[[Host], 
         numbers = optimizer_step(run.host, batches, config=config, step=run.step, stop=stopping())
         follow(run, numbers)
         run.step += 1
-        report_step(run, numbers, seconds=time.monotonic() - began - aside, gradients=gradients)
-        if due(run.step, config.eval.every_steps) or run.step == config.train.steps:
+        row = step_row(run, numbers, seconds=time.monotonic() - began - aside) | gradients
+        stopped, last = numbers.stop, run.step == config.train.steps
+        if stopped:
+            run.save()  # before all else: who asks may not wait long
+        if last or due(run.step, config.run.log_every_steps) or gradients:
+            run.show(row)
+        if last or (due(run.step, config.eval.every_steps) and not stopped):
             run.show(held_out(run, evaluate))
         if due(run.step, config.run.save_every_steps):
             run.save()
-        stopped = numbers.stop
     run.save()
-    return run.step >= config.train.steps
+    return run.step >= config.train.steps and not stopped
 
 
 def held_out(run: Run, evaluate: Callable[[Host], dict[str, float]]) -> dict[str, float]:
@@ -173,11 +182,9 @@ def follow(run: Run, numbers: StepNumbers) -> None:
         run.average.update(run.step + 1)
 
 
-def report_step(run: Run, numbers: StepNumbers, *, seconds: float, gradients: dict[str, float]) -> None:
-    """One row of numbers; `gradients` are shown whatever step it is."""
-    row = metrics_row(numbers, run.config) | run.throughput.step(seconds, **amounts(numbers, run.config)) | gradients
-    if run.step % run.config.run.log_every_steps == 0 or run.step == run.config.train.steps or gradients:
-        run.show(row)
+def step_row(run: Run, numbers: StepNumbers, *, seconds: float) -> dict[str, float]:
+    """The numbers of a step; what it saw is added to the run's totals."""
+    return metrics_row(numbers, run.config) | run.throughput.step(seconds, **amounts(numbers, run.config))
 
 
 def amounts(numbers: StepNumbers, config: RunConfig) -> dict[str, float]:
