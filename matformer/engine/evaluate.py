@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from matformer.config.schema import EvalConfig, RunConfig, SourceConfig
+from matformer.data.continued import with_before
 from matformer.data.loader import heldout_batches, pack_documents
 from matformer.data.mixture import BadSamples, Mixture
 from matformer.data.packing import document_positions, with_noise
@@ -198,8 +199,11 @@ def _text_table(config: RunConfig) -> Documents | None:
     if not batches:
         return None
     if config.model.diffuses_text:
-        numbers = range(MASK_DRAWS)
-        batches = [with_masks(b, number=k, draws=MASK_DRAWS, seed=NOISE_SEED) for b in batches for k in numbers]
+        batches = [
+            with_masks(batch, number=number, draws=MASK_DRAWS, seed=NOISE_SEED, before=before)
+            for batch, before in with_before(batches)
+            for number in range(MASK_DRAWS)
+        ]
     return gather_documents(batches, num_rows=config.train.micro_batch)
 
 
@@ -208,7 +212,11 @@ def _media_table(config: RunConfig, modality: str) -> Documents | None:
     plain = media_batches(config, modality)
     if not any(velocity_scalars(batch, modality)[0].numel() for batch in plain):
         return None
-    noised = [with_noise(b, time=t, seed=NOISE_SEED, index=k) for b in plain for k, t in enumerate(TIMES, start=1)]
+    noised = [
+        with_noise(batch, time=time, seed=NOISE_SEED, index=index, before=before)
+        for batch, before in with_before(plain)
+        for index, time in enumerate(TIMES, start=1)
+    ]
     return gather_documents(noised, num_rows=config.train.micro_batch)
 
 
