@@ -11,6 +11,7 @@ import platform
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NoReturn
 
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.error("%s", error)
         return error.exit_code
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         log.error("the disk must have room for the run's files, got: %s; free space or change run.folder", error)
         return 2
@@ -148,12 +149,10 @@ def _train(config: RunConfig, *, host: Host, path: Path, folder: RunFolder | Non
         log.info("goes on after step %d of %d" if resumed else "begins; step %d of %d", run.step, config.train.steps)
         run.owes_heldout = resumed and owes_heldout(folder.metrics_file, config, step=run.step)
     run.owes_heldout = agreed(run.owes_heldout, groups)
-    try:
+    with ExitStack() as closing:  # closes all of them, even if one fails
+        for one in (loader, *run.sinks):
+            closing.callback(one.close)
         return train(run, stopping=lambda: stop.asked, evaluate=HeldOut(config))
-    finally:
-        loader.close()
-        for sink in run.sinks:
-            sink.close()
 
 
 def _sinks(config: RunConfig, folder: RunFolder, *, step: int) -> list[Sink]:

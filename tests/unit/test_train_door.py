@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -88,6 +90,35 @@ def test_a_signal_after_the_last_step_ends_the_run_unfinished(
         assert not evaluated and not (tmp_path / "made" / "finished").exists()
     assert opened() == 0
     assert evaluated == [tmp_path / "made"] and (tmp_path / "made" / "finished").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_one_sentence_and_everything_is_closed(
+    opened: Callable[[], int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    """A file whose rows find no room finds none when it is closed, either."""
+    closed: list[str] = []
+
+    class Closed:
+        def __init__(self, *_: object, name: str = "loader", full: bool = False, **__: object) -> None:
+            self.name, self.full = name, full
+
+        def close(self) -> None:
+            closed.append(self.name)
+            if self.full:
+                raise OSError(number, os.strerror(number))
+
+    def full(*_: object, **__: object) -> bool:
+        raise OSError(number, os.strerror(number))
+
+    sinks = [Closed(name="metrics", full=True), Closed(name="wandb"), Closed(name="progress", full=True)]
+    monkeypatch.setattr(door, "Loader", Closed)
+    monkeypatch.setattr(door, "build_model", lambda host, config: None)
+    monkeypatch.setattr(door, "_sinks", lambda *_, **__: sinks)
+    monkeypatch.setattr(door, "train", full)
+    assert opened() == 2
+    assert sorted(closed) == ["loader", "metrics", "progress", "wandb"]
+    assert "the disk must have room for the run's files, got: " in caplog.messages[-1]
 
 
 def owes(path: Path, step: int, *, every_steps: int = 4) -> bool:
