@@ -473,6 +473,23 @@ def test_the_door_writes_what_it_shows(
     assert kept["heldout_ema/image/flow_loss"] != kept["heldout/image/flow_loss"] == loss
 
 
+def test_parts_that_are_evaluated_one_after_the_other_stand_together(run_folder: Path) -> None:
+    def kept(*amounts: str) -> tuple[dict[str, float], dict[str, float]]:
+        assert main([str(run_folder), *amounts, "--judged-samples", "0"]) == 0
+        read = [json.loads((run_folder / f"{name}.json").read_text()) for name in ("evaluation", "baselines")]
+        return read[0], read[1]
+
+    text, text_bases = kept("--text-bytes", "300", "--media-spans", "0")
+    both, both_bases = kept("--text-bytes", "0", "--media-spans", "2")
+    assert both.items() > text.items() and "heldout/image/flow_loss" in both
+    assert both_bases.items() > text_bases.items() and "image/gaussian_channel" in both_bases
+    one, one_bases = kept("--text-bytes", "1", "--media-spans", "0")  # one document, which has no standard error
+    assert "heldout/text/bits_per_byte_stderr" in both and "heldout/text/bits_per_byte_stderr" not in one
+    assert "text/order0_stderr" in both_bases and "text/order0_stderr" not in one_bases
+    (run_folder / "evaluation.json").write_text(json.dumps(both | {"step": 6}))
+    assert kept("--text-bytes", "300", "--media-spans", "0") == (text, text_bases)
+
+
 def test_another_text_set_is_scored_whole_and_nothing_is_kept(
     root: Path, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
