@@ -19,6 +19,7 @@ from matformer.data.loader import Loader, merge_states
 from matformer.engine.average import Average
 from matformer.engine.gradients import gradient_row
 from matformer.engine.step import StepNumbers, metrics_row, optimizer_step
+from matformer.errors import TrainingError
 from matformer.hosts.base import Host
 from matformer.hosts.plain import PlainHost, plain_trunk
 from matformer.model import Matformer
@@ -61,7 +62,10 @@ def num_parameters(config: RunConfig) -> int:
 
 @dataclass
 class Run:
-    """All that moves during training, on one rank. owes_heldout: a stop left out the held-out numbers of this step."""
+    """All that moves during training, on one rank.
+
+    owes_heldout: a stop left out the held-out numbers of this step. skipped: steps in a row that were, up to this one.
+    """
 
     config: RunConfig
     host: Host
@@ -73,6 +77,7 @@ class Run:
     step: int = 0
     saved_step: int = -1
     owes_heldout: bool = False
+    skipped: int = 0
 
     def resume(self) -> bool:
         """Take the newest good checkpoint, if there is one. Collective."""
@@ -86,6 +91,7 @@ class Run:
         self.loader.load_state(state["loader"])
         self.throughput.load_state(state["throughput"])
         self.step = self.saved_step = state["step"]
+        self.skipped = state.get("skipped", 0)  # older checkpoints have no such number
         return True
 
     def save(self) -> None:
@@ -101,6 +107,7 @@ class Run:
             "optimizer_step": training.step,
             "loader": merge_states(everybody(self.loader.state(), self.host.groups)),
             "throughput": self.throughput.state(),
+            "skipped": self.skipped,
         }
         save(self.checkpoints, self.step, tensors=tensors, state=state, keep=self.config.run.keep_checkpoints)
         self.saved_step = self.step
@@ -132,6 +139,8 @@ def everybody(value: Any, groups: Groups) -> list[Any]:  # noqa: ANN401 - any pi
 def train(run: Run, *, stopping: Callable[[], bool], evaluate: Callable[[Host], dict[str, float]]) -> bool:
     """Steps until the last one or until some rank is asked to stop; saves at the end. True if all steps are done and
     nobody asked. Collective.
+
+    Raises TrainingError, on all ranks, after run.max_skipped_steps skipped in a row, or if every step was skipped.
     """
     config = run.config
     stopped = False
@@ -146,10 +155,13 @@ def train(run: Run, *, stopping: Callable[[], bool], evaluate: Callable[[Host], 
         run.step += 1
         row = step_row(run, numbers, seconds=time.monotonic() - began - aside) | gradients
         stopped, last = numbers.stop, run.step == config.train.steps
-        if stopped:
+        learns = run.skipped < min(config.run.max_skipped_steps, config.train.steps)
+        if stopped and learns:
             run.save()  # before all else: who asks may not wait long
         if last or due(run.step, config.run.log_every_steps) or gradients:
             run.show(row)
+        if not learns:
+            raise _learns_nothing(run)
         if last or (due(run.step, config.eval.every_steps) and not stopped):
             run.show(held_out(run, evaluate))
         if due(run.step, config.run.save_every_steps):
@@ -177,9 +189,20 @@ def look_at_gradients(run: Run, batches: Sequence[Batch]) -> tuple[dict[str, flo
 def follow(run: Run, numbers: StepNumbers) -> None:
     """What follows an optimizer step: the average, unless the step was skipped by all ranks together."""
     if numbers.skipped:
+        run.skipped += 1
         log.warning("step %d was skipped: its gradient norm is not finite", run.step)
     else:
+        run.skipped = 0
         run.average.update(run.step + 1)
+
+
+def _learns_nothing(run: Run) -> TrainingError:
+    saved = "no checkpoint was written" if run.saved_step < 0 else f"the checkpoint of step {run.saved_step} stays"
+    return TrainingError(
+        f"the gradient norm must be finite at least once in {run.skipped} steps, got none in steps "
+        f"{run.step - run.skipped + 1} to {run.step}; {saved}; change train.lr, train.warmup_steps or parallel.dtype "
+        "and set run.resume=branch, or raise run.max_skipped_steps"
+    )
 
 
 def step_row(run: Run, numbers: StepNumbers, *, seconds: float) -> dict[str, float]:
