@@ -27,3 +27,7 @@ class ParallelError(MatformerError):
 
 class CheckpointError(MatformerError):
     """A checkpoint cannot be written, found or trusted."""
+
+
+class TrainingError(MatformerError):
+    """A run learns nothing any more."""

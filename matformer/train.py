@@ -11,7 +11,9 @@ import platform
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -26,10 +28,11 @@ from matformer.engine.average import Average
 from matformer.engine.evaluate import HeldOut, evaluate_run
 from matformer.engine.folder import RunFolder, State
 from matformer.engine.gallery import make_gallery
-from matformer.engine.loop import Run, agreed, build_host, build_model, num_parameters, train
+from matformer.engine.loop import Run, agreed, build_host, build_model, due, num_parameters, train
 from matformer.errors import MatformerError
+from matformer.hosts.base import Host
 from matformer.observe.progress import ProgressLine
-from matformer.observe.sinks import MetricsFile, Sink, WandbSink
+from matformer.observe.sinks import MetricsFile, Sink, WandbSink, read_metrics
 from matformer.parallel.process import settle
 
 log = logging.getLogger("matformer.train")  # __name__ is __main__ when started as a door
@@ -38,22 +41,39 @@ STOPPED = 130  # what a shell shows for an interrupted program; the run goes on 
 
 
 class Stop:
-    """Set by the first signal: the step in hand is finished and saved. A second Ctrl-C ends at once."""
+    """Set by the first signal: the step in hand is finished and saved. A second Ctrl-C ends at once.
+
+    Once `all_is_saved` was called, any signal ends at once: SystemExit(130).
+    """
 
     def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._ask)
+        self.asked = self._saved = False
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+                signal.signal(number, self._ask)
+
+    def all_is_saved(self) -> None:
+        """Nothing is left that a signal must wait for; one that came too late to be heard counts now."""
+        self._saved = True
+        if self.asked:
+            self._leave("a signal")
 
     def _ask(self, number: int, _: object) -> None:
+        name = signal.Signals(number).name
+        if self._saved:
+            self._leave(name)
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
-        log.warning("%s: the step in hand is finished and saved, then the run stops", signal.Signals(number).name)
+        log.warning("%s: the step in hand is finished and saved, then the run stops", name)
+
+    def _leave(self, name: str) -> NoReturn:
+        log.warning("%s: all steps are saved; the same command finishes the run", name)
+        raise SystemExit(STOPPED)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0 finished, 130 stopped and saved, 2 the user's mistake, 3 ranks that do not agree."""
+    """The exit code: 0 finished, 130 stopped and saved, 3 ranks that do not agree, 2 what else was said in a sentence."""
     parser = argparse.ArgumentParser(prog="matformer.train", description=__doc__)
     parser.add_argument("config", nargs="?", default="configs/run/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -70,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.error("%s", error)
         return error.exit_code
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         log.error("the disk must have room for the run's files, got: %s; free space or change run.folder", error)
         return 2
@@ -87,11 +107,13 @@ def _run(config: RunConfig, *, rank: int) -> int:
         if state is State.FINISHED:
             return _finished_already(folder)
         path = Path(config.run.folder, config.name)
-        done = _train(config, host=host, path=path, folder=folder)
+        stop = Stop()
+        done = _train(config, host=host, path=path, folder=folder, stop=stop)
         _leave_world()
         if not done:
             log.info("saved; the same command goes on")
             return STOPPED
+        stop.all_is_saved()
         if folder is not None:
             if config.run.report:
                 _show_what_it_learned(path)
@@ -113,8 +135,7 @@ def _show_what_it_learned(path: Path) -> None:
     write_report(path)
 
 
-def _train(config: RunConfig, *, host, path: Path, folder: RunFolder | None) -> bool:  # noqa: ANN001
-    stop = Stop()
+def _train(config: RunConfig, *, host: Host, path: Path, folder: RunFolder | None, stop: Stop) -> bool:
     groups = host.groups
     loader = Loader(config, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
     build_model(host, config)
@@ -126,12 +147,12 @@ def _train(config: RunConfig, *, host, path: Path, folder: RunFolder | None) -> 
         _write_machine(path / "machine.json", config, parameters=count)
         log.info("%s: %.2f M parameters, ranks: %d", path, count / 1e6, groups.world)
         log.info("goes on after step %d of %d" if resumed else "begins; step %d of %d", run.step, config.train.steps)
-    try:
+        run.owes_heldout = resumed and owes_heldout(folder.metrics_file, config, step=run.step)
+    run.owes_heldout = agreed(run.owes_heldout, groups)
+    with ExitStack() as closing:  # closes all of them, even if one fails
+        for one in (loader, *run.sinks):
+            closing.callback(one.close)
         return train(run, stopping=lambda: stop.asked, evaluate=HeldOut(config))
-    finally:
-        loader.close()
-        for sink in run.sinks:
-            sink.close()
 
 
 def _sinks(config: RunConfig, folder: RunFolder, *, step: int) -> list[Sink]:
@@ -139,6 +160,13 @@ def _sinks(config: RunConfig, folder: RunFolder, *, step: int) -> list[Sink]:
     metrics.truncate_after(step)
     wandb = WandbSink(folder.path, name=config.name, config=config.model_dump(), mode=config.run.wandb)
     return [metrics, wandb, ProgressLine(config.train.steps, first_step=step)]
+
+
+def owes_heldout(metrics: Path, config: RunConfig, *, step: int) -> bool:
+    """Whether a step that was to be evaluated was not: a run that is stopped saves and leaves."""
+    rows = (row for row in read_metrics(metrics) if row["step"] == step)
+    asked = step == config.train.steps or due(step, config.eval.every_steps)
+    return asked and not any(name.startswith("heldout") for row in rows for name in row)
 
 
 def _finished_already(folder: RunFolder | None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,28 @@ def with_both(seed: int) -> Batch:
         blind=True,
     )
     return with_noise(blind, time=0.5, seed=0, index=0)
+
+
+def poisoned(batch: Batch) -> Batch:
+    """The same batch with pictures that are not finite."""
+    units = batch.media["image"]
+    return replace(batch, media={**batch.media, "image": replace(units, value_NF=units.value_NF * float("nan"))})
+
+
+@dataclass(frozen=True)
+class SameBatches:
+    """In a loader's place: a rank's microbatches of each step; the last step's for ever."""
+
+    steps: Sequence[Sequence[Batch]]
+
+    def next_global_batch(self, step: int) -> list[Batch]:
+        return list(self.steps[min(step, len(self.steps) - 1)])
+
+    def state(self) -> dict[str, Any]:
+        return {"step": 0, "num_lanes": 1, "lanes": {}}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        pass
 
 
 def stirred_value(name: str, value: Tensor) -> Tensor:

@@ -423,6 +423,9 @@ class RunSection(Section):
         description="log cosines and norm ratios of the losses' gradients on each layer of the Atto (gradients/...); "
         "costs a forward and a backward for each loss, and two float32 copies of the Atto for each; 0 never does",
     )
+    max_skipped_steps: Positive = Field(
+        default=20, description="steps in a row whose gradient is not finite before the run ends with a failure"
+    )
     wandb: Literal["offline", "online", "disabled"] = "offline"
     report: bool = Field(default=True, description="write report.html at the end")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
@@ -11,6 +12,7 @@ import torch
 
 from matformer.config.schema import ModelConfig, RunConfig
 from matformer.data.coders import check_same
+from matformer.data.continued import with_before
 from matformer.data.mixture import BadSamples, Mixture
 from matformer.data.packing import (
     DrawNoise,
@@ -291,21 +293,16 @@ def heldout_batches(
 
 def pack_documents(documents: Iterator[Document] | Sequence[Document], *, config: RunConfig) -> Iterator[Batch]:
     """Documents one after the other as held-out batches (see `heldout_batches`)."""
-    rows: list[list[Piece]] = []
-    for row in _rows(documents, model=config.model, length=config.data.sequence_latents):
-        rows.append(row)
-        if len(rows) == config.train.micro_batch:
-            yield _heldout_batch(rows, config=config)
-            rows = []
-    if rows:
-        yield _heldout_batch(rows, config=config)
+    for batch, before in with_before(_packed(documents, config=config)):
+        yield with_noise(batch, time=0.5, seed=0, index=0, before=before)
 
 
-def _heldout_batch(rows: list[list[Piece]], *, config: RunConfig) -> Batch:
-    batch = pack_batch(
-        rows, [draw_zeros] * len(rows), model=config.model, sequence_latents=config.data.sequence_latents
-    )
-    return with_noise(batch, time=0.5, seed=0, index=0)
+def _packed(documents: Iterator[Document] | Sequence[Document], *, config: RunConfig) -> Iterator[Batch]:
+    """The same, not yet noised."""
+    length, most = config.data.sequence_latents, config.train.micro_batch
+    rows = _rows(documents, model=config.model, length=length)
+    while some := list(itertools.islice(rows, most)):
+        yield pack_batch(some, [draw_zeros] * len(some), model=config.model, sequence_latents=length)
 
 
 def _rows(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from matformer.config.schema import MediaConfig, ModelConfig, TimeSampler
+from matformer.data.continued import NOTHING_BEFORE, Before, documents_of_units, numbers_in_document
 from matformer.data.copies import Copies, Tree, leaf_places, num_latents, patch_places, tree_units
 from matformer.data.sources import Document, MediaSpan, TextSpan
 from matformer.data.text_layout import Block, blocks_of, patches_that_fit, text_positions
@@ -215,18 +216,17 @@ def build_batch(
     return pack_batch(rows, [draw] * len(rows), model=model, sequence_latents=sequence_latents)
 
 
-def with_noise(batch: Batch, *, time: float, seed: int, index: int) -> Batch:
+def with_noise(batch: Batch, *, time: float, seed: int, index: int, before: Before = NOTHING_BEFORE) -> Batch:
     """The same batch with t = `time` in all generated spans and epsilon drawn from (document key, k-th span of the
-    modality in the document, index): independent of packing, as long as no document is cut between two batches.
-    Errors weigh the same at every t. Of a batch whose latents have one noise each (see `draw_zeros`).
+    modality in the document, index): the same in whatever batches a document stands, if `before` is what stood before
+    this one. Errors weigh the same at every t. Of a batch whose latents have one noise each (see `draw_zeros`).
     """
-    media = {}
+    media, documents = {}, documents_of_units(batch)
     for name, units in batch.media.items():
         span_Q = units.span_N[units.noised_row_Q]
         noise = torch.zeros_like(units.noise_QF)
-        seen: dict[int, int] = {}
-        for span, document in enumerate(units.document_J.tolist()):
-            number = seen[document] = seen.get(document, -1) + 1
+        numbers = numbers_in_document(documents[name], before=before.get(name, 0))
+        for span, (document, number) in enumerate(zip(documents[name], numbers, strict=True)):
             rows = span_Q == span
             if rows.any():
                 draws = generator(seed, "heldout", batch.document_keys[document], name, number, index)

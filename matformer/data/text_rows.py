@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from matformer.data.continued import NOTHING_BEFORE, Before, documents_of_units, numbers_in_document
 from matformer.data.sources import TextSpan
 from matformer.data.text_layout import Block
 from matformer.parallel.seeds import generator
@@ -141,18 +142,17 @@ def _masked(
     return np.where(mask.hidden_U | ~scored, MASK, symbols), weight
 
 
-def with_masks(batch: Batch, *, number: int, draws: int, seed: int) -> Batch:
+def with_masks(batch: Batch, *, number: int, draws: int, seed: int, before: Before = NOTHING_BEFORE) -> Batch:
     """The same batch with masks drawn anew at one of `draws` strata of t, from (document key, block of the document,
-    number): independent of packing, as long as no document is cut between two batches.
+    number): the same in whatever batches a document stands, if `before` is what stood before this one.
     """
     units = batch.text
     hidden, weight = np.zeros(len(units.symbol_U), bool), np.zeros(len(units.symbol_U), np.float32)
     sizes = torch.bincount(units.piece_U).tolist()
-    documents = units.document_U[units.place_U == 0].tolist()
-    seen: dict[int, int] = {}
+    documents = documents_of_units(batch)["text"]
+    blocks = numbers_in_document(documents, before=before.get("text", 0))
     first = 0
-    for size, document in zip(sizes, documents, strict=True):
-        block = seen[document] = seen.get(document, -1) + 1
+    for size, document, block in zip(sizes, documents, blocks, strict=True):
         dice = generator(seed, "heldout mask", batch.document_keys[document], block, number)
         mask = mask_at((number + dice.random()) / draws, dice.random(size))
         hidden[first : first + size], weight[first : first + size] = mask.hidden_U, mask.weight

@@ -7,6 +7,7 @@ import math
 import torch
 
 from matformer.config.schema import RunConfig
+from matformer.data.continued import with_before
 from matformer.data.holdings import scored_sources
 from matformer.data.loader import heldout_batches
 from matformer.data.packing import with_noise
@@ -40,7 +41,10 @@ def clean_errors(host: Host, config: RunConfig, *, modality: str) -> dict[str, f
     times = [time_of_log_snr(float(log_snr), objective=objective) for log_snr in LOG_SNRS]
     tables = [
         gather_documents(
-            (with_noise(batch, time=time, seed=NOISE_SEED, index=index) for batch in plain),
+            (
+                with_noise(batch, time=time, seed=NOISE_SEED, index=index, before=before)
+                for batch, before in with_before(plain)
+            ),
             num_rows=config.train.micro_batch,
         )
         for index, time in enumerate(times, start=FIRST_INDEX)

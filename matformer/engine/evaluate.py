@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from matformer.config.schema import EvalConfig, RunConfig, SourceConfig
+from matformer.data.continued import with_before
 from matformer.data.loader import heldout_batches, pack_documents
 from matformer.data.mixture import BadSamples, Mixture
 from matformer.data.packing import document_positions, with_noise
@@ -133,7 +134,7 @@ def evaluate_run(
     """Everything about a run's newest good checkpoint, on one plain rank; kept as evaluation.json and baselines.json.
 
     Amounts are those of the run's `eval`, unless given; judged pictures are drawn by `draws`, else `draws_for`. `watch`
-    hears of what is going on. evaluation.json keeps what it holds of the same step. With `data`, a text data set, its
+    hears of what is going on. Both files keep what they hold of the same step. With `data`, a text data set, its
     held-out documents alone are scored, all unless `text_bytes` says less, and nothing is kept. Raises ConfigError,
     CheckpointError or DataError.
     """
@@ -198,8 +199,11 @@ def _text_table(config: RunConfig) -> Documents | None:
     if not batches:
         return None
     if config.model.diffuses_text:
-        numbers = range(MASK_DRAWS)
-        batches = [with_masks(b, number=k, draws=MASK_DRAWS, seed=NOISE_SEED) for b in batches for k in numbers]
+        batches = [
+            with_masks(batch, number=number, draws=MASK_DRAWS, seed=NOISE_SEED, before=before)
+            for batch, before in with_before(batches)
+            for number in range(MASK_DRAWS)
+        ]
     return gather_documents(batches, num_rows=config.train.micro_batch)
 
 
@@ -208,7 +212,11 @@ def _media_table(config: RunConfig, modality: str) -> Documents | None:
     plain = media_batches(config, modality)
     if not any(velocity_scalars(batch, modality)[0].numel() for batch in plain):
         return None
-    noised = [with_noise(b, time=t, seed=NOISE_SEED, index=k) for b in plain for k, t in enumerate(TIMES, start=1)]
+    noised = [
+        with_noise(batch, time=time, seed=NOISE_SEED, index=index, before=before)
+        for batch, before in with_before(plain)
+        for index, time in enumerate(TIMES, start=1)
+    ]
     return gather_documents(noised, num_rows=config.train.micro_batch)
 
 
@@ -296,11 +304,20 @@ def _baselines(config: RunConfig, asked: EvalConfig) -> Baselines:
 
 
 def _keep(folder: Path, evaluation: Evaluation) -> None:
-    path = folder / "evaluation.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    same_step = before if before.get("step") == evaluation.step else {}
-    _write(path, {**same_step, "step": evaluation.step, **evaluation.numbers})
-    _write(folder / "baselines.json", evaluation.baselines)
+    numbers, baselines = folder / "evaluation.json", folder / "baselines.json"
+    before = _read(numbers)
+    same_step = before.get("step") == evaluation.step
+    _write(baselines, _renewed(_read(baselines) if same_step else {}, evaluation.baselines))
+    _write(numbers, _renewed(before if same_step else {}, {"step": evaluation.step, **evaluation.numbers}))
+
+
+def _renewed(before: dict[str, float], found: dict[str, float]) -> dict[str, float]:
+    """What was there, and over it what was found; a standard error goes with its number."""
+    return {name: value for name, value in before.items() if name.removesuffix("_stderr") not in found} | found
+
+
+def _read(path: Path) -> dict[str, float]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _write(path: Path, tree: dict[str, float]) -> None:

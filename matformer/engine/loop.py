@@ -19,6 +19,7 @@ from matformer.data.loader import Loader, merge_states
 from matformer.engine.average import Average
 from matformer.engine.gradients import gradient_row
 from matformer.engine.step import StepNumbers, metrics_row, optimizer_step
+from matformer.errors import TrainingError
 from matformer.hosts.base import Host
 from matformer.hosts.plain import PlainHost, plain_trunk
 from matformer.model import Matformer
@@ -61,7 +62,10 @@ def num_parameters(config: RunConfig) -> int:
 
 @dataclass
 class Run:
-    """All that moves during training, on one rank."""
+    """All that moves during training, on one rank.
+
+    owes_heldout: a stop left out the held-out numbers of this step. skipped: steps in a row that were, up to this one.
+    """
 
     config: RunConfig
     host: Host
@@ -72,6 +76,8 @@ class Run:
     throughput: Throughput = field(default_factory=Throughput)
     step: int = 0
     saved_step: int = -1
+    owes_heldout: bool = False
+    skipped: int = 0
 
     def resume(self) -> bool:
         """Take the newest good checkpoint, if there is one. Collective."""
@@ -85,6 +91,7 @@ class Run:
         self.loader.load_state(state["loader"])
         self.throughput.load_state(state["throughput"])
         self.step = self.saved_step = state["step"]
+        self.skipped = state.get("skipped", 0)  # older checkpoints have no such number
         return True
 
     def save(self) -> None:
@@ -100,6 +107,7 @@ class Run:
             "optimizer_step": training.step,
             "loader": merge_states(everybody(self.loader.state())),
             "throughput": self.throughput.state(),
+            "skipped": self.skipped,
         }
         save(self.checkpoints, self.step, tensors=tensors, state=state, keep=self.config.run.keep_checkpoints)
         self.saved_step = self.step
@@ -120,9 +128,15 @@ def agreed(value: Any, groups: Groups) -> Any:  # noqa: ANN401 - any picklable v
 
 
 def train(run: Run, *, stopping: Callable[[], bool], evaluate: Callable[[Host], dict[str, float]]) -> bool:
-    """Steps until the last one or until some rank is asked to stop; saves at the end. True if finished. Collective."""
+    """Steps until the last one or until some rank is asked to stop; saves at the end. True if all steps are done and
+    nobody asked. Collective.
+
+    Raises TrainingError, on all ranks, after run.max_skipped_steps skipped in a row, or if every step was skipped.
+    """
     config = run.config
     stopped = False
+    if run.owes_heldout:
+        run.show(held_out(run, evaluate))
     while run.step < config.train.steps and not stopped:
         began = time.monotonic()
         batches = run.loader.next_global_batch(run.step)
@@ -130,14 +144,21 @@ def train(run: Run, *, stopping: Callable[[], bool], evaluate: Callable[[Host], 
         numbers = optimizer_step(run.host, batches, config=config, step=run.step, stop=stopping())
         follow(run, numbers)
         run.step += 1
-        report_step(run, numbers, seconds=time.monotonic() - began - aside, gradients=gradients)
-        if due(run.step, config.eval.every_steps) or run.step == config.train.steps:
+        row = step_row(run, numbers, seconds=time.monotonic() - began - aside) | gradients
+        stopped, last = numbers.stop, run.step == config.train.steps
+        learns = run.skipped < min(config.run.max_skipped_steps, config.train.steps)
+        if stopped and learns:
+            run.save()  # before all else: who asks may not wait long
+        if last or due(run.step, config.run.log_every_steps) or gradients:
+            run.show(row)
+        if not learns:
+            raise _learns_nothing(run)
+        if last or (due(run.step, config.eval.every_steps) and not stopped):
             run.show(held_out(run, evaluate))
         if due(run.step, config.run.save_every_steps):
             run.save()
-        stopped = numbers.stop
     run.save()
-    return run.step >= config.train.steps
+    return run.step >= config.train.steps and not stopped
 
 
 def held_out(run: Run, evaluate: Callable[[Host], dict[str, float]]) -> dict[str, float]:
@@ -159,16 +180,25 @@ def look_at_gradients(run: Run, batches: Sequence[Batch]) -> tuple[dict[str, flo
 def follow(run: Run, numbers: StepNumbers) -> None:
     """What follows an optimizer step: the average, unless the step was skipped by all ranks together."""
     if numbers.skipped:
+        run.skipped += 1
         log.warning("step %d was skipped: its gradient norm is not finite", run.step)
     else:
+        run.skipped = 0
         run.average.update(run.step + 1)
 
 
-def report_step(run: Run, numbers: StepNumbers, *, seconds: float, gradients: dict[str, float]) -> None:
-    """One row of numbers; `gradients` are shown whatever step it is."""
-    row = metrics_row(numbers, run.config) | run.throughput.step(seconds, **amounts(numbers, run.config)) | gradients
-    if run.step % run.config.run.log_every_steps == 0 or run.step == run.config.train.steps or gradients:
-        run.show(row)
+def _learns_nothing(run: Run) -> TrainingError:
+    saved = "no checkpoint was written" if run.saved_step < 0 else f"the checkpoint of step {run.saved_step} stays"
+    return TrainingError(
+        f"the gradient norm must be finite at least once in {run.skipped} steps, got none in steps "
+        f"{run.step - run.skipped + 1} to {run.step}; {saved}; change train.lr, train.warmup_steps or parallel.dtype "
+        "and set run.resume=branch, or raise run.max_skipped_steps"
+    )
+
+
+def step_row(run: Run, numbers: StepNumbers, *, seconds: float) -> dict[str, float]:
+    """The numbers of a step; what it saw is added to the run's totals."""
+    return metrics_row(numbers, run.config) | run.throughput.step(seconds, **amounts(numbers, run.config))
 
 
 def amounts(numbers: StepNumbers, config: RunConfig) -> dict[str, float]:

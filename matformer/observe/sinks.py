@@ -6,7 +6,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
@@ -77,13 +78,26 @@ class WandbSink:
     def update(self, step: int, row: Mapping[str, float]) -> None:
         """See Sink; rows of one step that follow each other become one."""
         if self._run is not None:
-            self._run.log(dict(row), step=step)
+            self._try(lambda run: run.log(dict(row), step=step))
 
     def close(self) -> None:
         """See Sink."""
         if self._run is not None:
-            self._run.finish()
+            self._try(lambda run: run.finish())
             self._run = None
+
+    def _try(self, action: Callable[[Any], object]) -> None:
+        """wandb's own process may be gone at any time: a signal to the whole job ends it, too."""
+        trouble = _wandb_trouble()
+        try:
+            action(self._run)
+        except trouble as error:
+            self._run = None
+            log.warning("wandb gets no more rows, it failed: %s", _said(error))
+            import wandb  # noqa: PLC0415
+
+            with suppress(*trouble):  # what it would do when the program ends, with a traceback
+                wandb.teardown()
 
 
 def read_metrics(path: Path) -> list[Row]:
@@ -136,6 +150,18 @@ def _begin_wandb(folder: Path, *, name: str, config: Mapping[str, Any], mode: Li
         return wandb.init(
             project="matformer", name=name, dir=str(folder), config=dict(config), mode=mode, settings=settings
         )
-    except (wandb.Error, OSError, TimeoutError) as error:
-        log.warning("wandb is not used, it did not start: %s", " ".join(str(error).split()))
+    except _wandb_trouble() as error:
+        log.warning("wandb is not used, it did not start: %s", _said(error))
         return None
+
+
+def _wandb_trouble() -> tuple[type[Exception], ...]:
+    """What wandb raises when it fails: its own errors, and those of the socket and the mailbox of its process."""
+    import wandb  # noqa: PLC0415
+    from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError  # noqa: PLC0415
+
+    return (wandb.Error, OSError, HandleAbandonedError, MailboxClosedError)
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ from tests.made import (
     mixed_documents,
     one_a_row,
     plain_host,
+    poisoned,
     text_only,
     tiny_run,
     with_audio,
@@ -384,16 +386,21 @@ def test_a_pipeline_is_refused_unequal_shapes(world: World) -> None:
     ],
 )
 def test_a_gradient_that_is_not_finite_is_skipped_by_all_ranks(name: str, dtype: str, world: World) -> None:
-    batch = with_images(1)
-    units = batch.media["image"]
-    media = {**batch.media, "image": replace(units, value_NF=units.value_NF * float("nan"))}
     sound = mixed_steps()[0]
-    poisoned = [replace(batch, media=media), *sound[1:]]  # under dp 2 one rank's loss is finite
+    bad = [poisoned(with_images(1)), *sound[1:]]  # under dp 2 one rank's loss is finite
     config = tiny_run(layers=LAYERS, dtype=dtype, **LAYOUTS[name])
-    shown = world(2).run(cases.meet_nan, config, poisoned, sound)
+    shown = world(2).run(cases.meet_nan, config, bad, sound)
     assert [skipped for skipped, _, _ in shown] == [[True, False]] * 2
     assert not any(changed for _, changed, _ in shown)
     assert any(changed for _, _, changed in shown)  # a rank may own nothing of the state
+
+
+@pytest.mark.parametrize("name", ["pp2", "dp2"])
+def test_all_ranks_end_a_run_that_learns_nothing(name: str, world: World, tmp_path: Path) -> None:
+    config = tiny_run(layers=LAYERS, **LAYOUTS[name])
+    config = config.model_copy(update={"run": config.run.model_copy(update={"max_skipped_steps": 3})})
+    said = world(2).run(cases.meet_nan_for_ever, config, [poisoned(with_images(1)), text_only(2)], tmp_path)
+    assert len(set(said)) == 1 and "got none in steps 1 to 3; no checkpoint was written" in said[0]
 
 
 @pytest.mark.parametrize(

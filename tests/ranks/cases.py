@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import pytest
 import torch
 
 with warnings.catch_warnings():
@@ -30,16 +31,18 @@ import matformer.engine.step as step_room
 from matformer.checkpoint import manifest
 from matformer.checkpoint.store import Checkpoint, newest_good, save
 from matformer.config.schema import RunConfig
+from matformer.data.loader import Loader
 from matformer.engine.average import Average
 from matformer.engine.gradients import gradient_row
-from matformer.engine.loop import build_model, build_stages
+from matformer.engine.loop import Run, build_model, build_stages, train
 from matformer.engine.step import metrics_row, optimizer_step
+from matformer.errors import TrainingError
 from matformer.hosts.base import Host
 from matformer.layers.precision import at_least_float32
 from matformer.losses.total import total_loss
 from matformer.parallel.groups import Groups
 from matformer.parcels import Batch
-from tests.made import plain_host
+from tests.made import SameBatches, plain_host
 
 GlobalBatch = Sequence[Batch]  # the microbatches of one step, over all data-parallel ranks
 Arrays = dict[str, np.ndarray]
@@ -92,6 +95,16 @@ def meet_nan(config: RunConfig, poisoned: GlobalBatch, sound: GlobalBatch) -> tu
         assert host.state().step == 1
         changed = [any(not np.array_equal(a[k], b[k]) for k in a) for a, b in ((start, between), (between, end))]
         return [first.skipped, second.skipped], changed[0], changed[1]
+
+
+def meet_nan_for_ever(config: RunConfig, batches: GlobalBatch, folder: Path) -> str:
+    """What a run says whose every step has these batches."""
+    with hosted(config) as host:
+        loader = cast(Loader, SameBatches([share(batches, host.groups)]))
+        run = Run(config, host, loader, Average(host, decay=0.9), folder)
+        with pytest.raises(TrainingError) as error:
+            train(run, stopping=lambda: False, evaluate=lambda host: {})
+        return str(error.value)
 
 
 def share(batches: GlobalBatch, groups: Groups) -> GlobalBatch:

@@ -17,13 +17,16 @@ import torch.nn.functional as F
 from matformer.checkpoint.store import save
 from matformer.config.load import save_resolved
 from matformer.config.schema import RunConfig
-from matformer.data.loader import heldout_batches, heldout_documents
+from matformer.data.loader import heldout_batches, heldout_documents, pack_documents
 from matformer.data.packing import build_batch, with_noise
 from matformer.data.shards import ShardWriter
-from matformer.data.sources import MediaSpan, open_source
+from matformer.data.sources import Document, MediaSpan, open_source
+from matformer.engine import clean_errors as errors_of_clean_latents
+from matformer.engine import evaluate as evaluation
 from matformer.engine.baselines import Baselines, compute_baselines
+from matformer.engine.clean_errors import clean_errors
 from matformer.engine.document_sums import document_sums
-from matformer.engine.evaluate import HeldOut, evaluate
+from matformer.engine.evaluate import HeldOut, evaluate, media_by_document, text_by_document
 from matformer.engine.paired import caption_gain, other_captions, spread, subjects_of
 from matformer.engine.restore import load_for_inference
 from matformer.engine.tree_arms import tree_arms
@@ -33,6 +36,8 @@ from matformer.hosts.plain import PlainHost
 from matformer.model import Matformer
 from matformer.parallel.groups import Groups
 from matformer.parallel.seeds import generator
+from matformer.parcels import Batch
+from tests.made import as_diffused
 
 MODEL = {
     "atto": {"width": 16, "layers": 1, "heads": 2, "kv_heads": 1, "ffn_width": 16, "rotary_pairs": (1, 1, 1, 1)},
@@ -171,6 +176,41 @@ def test_numbers_do_not_depend_on_packing(root: Path, numbers: dict[str, float],
     again = evaluate(build(run)[0], run, full=True)
     for name, value in numbers.items():
         assert again[name] == pytest.approx(value, rel=1e-4 if name.endswith("_z") else 1e-5, abs=1e-6), name
+
+
+@pytest.mark.parametrize("objective", ["masked_diffusion", "block_diffusion"])
+def test_numbers_of_diffused_text_do_not_depend_on_the_microbatch(root: Path, objective: str) -> None:
+    found = []
+    for micro_batch in (1, 4):
+        run = config(root, micro_batch=micro_batch, length=20, text_bytes=10**6)
+        run = run.model_copy(update={"model": as_diffused(run.model, objective)})
+        keys = [key for batch in heldout_batches(run, "text") for key in batch.document_keys]
+        assert len(keys) > len(set(keys))  # some document is cut between two batches
+        found.append(text_by_document(build(run)[0], run))
+    for key, (bits, num_bytes) in found[0].items():
+        assert found[1][key] == pytest.approx((bits, num_bytes), rel=1e-5), key
+
+
+def test_numbers_of_media_that_a_batch_leaves_off_do_not_depend_on_the_microbatch(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A document of eight pictures, in rows that hold two."""
+    latents = generator(3, "pictures").standard_normal((8, 2, 4, 4)).astype(np.float32)
+    spans = tuple(MediaSpan("image", latent, 0, "generate") for latent in latents)
+
+    def batches(run: RunConfig, modality: str) -> list[Batch]:
+        return list(pack_documents([Document("pictures", spans)], config=run))
+
+    for module in (evaluation, errors_of_clean_latents):
+        monkeypatch.setattr(module, "media_batches", batches)
+    found = []
+    for micro_batch in (1, 4):
+        run = config(root, micro_batch=micro_batch, length=24)
+        assert len(batches(run, "image")) == 4 // micro_batch
+        host, _ = build(run)
+        flow = media_by_document(host, run, modality="image")["pictures"][0]
+        found.append({"flow": flow, **clean_errors(host, run, modality="image")})
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
 def test_what_is_scored_does_not_depend_on_the_seed_of_the_run(root: Path, numbers: dict[str, float]) -> None:
@@ -431,6 +471,23 @@ def test_the_door_writes_what_it_shows(
     kept = json.loads((run_folder / "evaluation.json").read_text())
     assert kept["step"] == 7
     assert kept["heldout_ema/image/flow_loss"] != kept["heldout/image/flow_loss"] == loss
+
+
+def test_parts_that_are_evaluated_one_after_the_other_stand_together(run_folder: Path) -> None:
+    def kept(*amounts: str) -> tuple[dict[str, float], dict[str, float]]:
+        assert main([str(run_folder), *amounts, "--judged-samples", "0"]) == 0
+        read = [json.loads((run_folder / f"{name}.json").read_text()) for name in ("evaluation", "baselines")]
+        return read[0], read[1]
+
+    text, text_bases = kept("--text-bytes", "300", "--media-spans", "0")
+    both, both_bases = kept("--text-bytes", "0", "--media-spans", "2")
+    assert both.items() > text.items() and "heldout/image/flow_loss" in both
+    assert both_bases.items() > text_bases.items() and "image/gaussian_channel" in both_bases
+    one, one_bases = kept("--text-bytes", "1", "--media-spans", "0")  # one document, which has no standard error
+    assert "heldout/text/bits_per_byte_stderr" in both and "heldout/text/bits_per_byte_stderr" not in one
+    assert "text/order0_stderr" in both_bases and "text/order0_stderr" not in one_bases
+    (run_folder / "evaluation.json").write_text(json.dumps(both | {"step": 6}))
+    assert kept("--text-bytes", "300", "--media-spans", "0") == (text, text_bases)
 
 
 def test_another_text_set_is_scored_whole_and_nothing_is_kept(

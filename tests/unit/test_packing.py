@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from matformer.config.schema import AttoConfig, MediaConfig, ModelConfig, RouterConfig, TextConfig, TimeSampler
+from matformer.data.continued import with_before
+from matformer.data.loader import pack_documents
 from matformer.data.packing import (
     Noise,
     Piece,
@@ -24,8 +26,10 @@ from matformer.data.patching import StaticPatcher
 from matformer.data.sources import Document, MediaSpan, Role, TextSpan, media_span, merge_spans, text_span
 from matformer.errors import DataError, ParcelError
 from matformer.layers.patchify import patchify
+from matformer.parallel.seeds import generator
 from matformer.parcels import Batch, Kind
 from matformer.shapes import BEGIN, END
+from tests.made import tiny_run
 
 PAD, START, TEXT, HEADER, NOISED, CLEAN, CLOSING = (int(kind) for kind in list(Kind)[:7])
 PATCHER = StaticPatcher(2)
@@ -272,3 +276,27 @@ def test_heldout_noise_does_not_depend_on_packing() -> None:
     assert packed.media["image"].time_T.tolist() == [0.5, 0.5]
     again = with_noise(packed, time=0.5, seed=0, index=4)
     assert (again.media["image"].noise_QF != noise).all()
+
+
+def test_heldout_noise_does_not_depend_on_where_batches_end() -> None:
+    """A document of seven pictures, cut between rows; one that is whole has the noise of its key and its first span."""
+    pictures = [text for number in range(7) for text in (b"c%d" % number, image("generate"))]
+    documents = [
+        document("whole", b"x", image("generate")),
+        document("cut", *pictures),
+        document("w", image("generate")),
+    ]
+    config = tiny_run()
+    config = config.model_copy(update={"model": MODEL, "data": config.data.model_copy(update={"sequence_latents": 16})})
+    found = []
+    for rows in (1, 2, 3, 20):
+        run = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": rows})})
+        batches = list(pack_documents(documents, config=run))
+        assert [key for batch in batches for key in batch.document_keys].count("cut") == len(batches)
+        noised = [with_noise(one, time=0.5, seed=0, index=3, before=before) for one, before in with_before(batches)]
+        found.append([torch.cat([one.media["image"].noise_QF for one in those]) for those in (batches, noised)])
+    for those in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(those, found[0], strict=True))
+    whole = generator(0, "heldout", "whole", "image", 0, 3).standard_normal(found[0][1][:2].shape, dtype=np.float32)
+    assert torch.equal(found[0][1][:2], torch.from_numpy(whole))
+    assert len(torch.unique(found[0][1], dim=0)) == len(found[0][1])  # no two spans have one noise

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import builtins
+import gc
 import io
 import json
 import logging
+import os
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from threading import Timer
 
 import pytest
 from rich.console import Console
@@ -84,6 +89,42 @@ def test_wandb_writes_offline_into_the_run_folder_and_nowhere_else(tmp_path: Pat
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
     assert not list(elsewhere.iterdir())
     assert capfd.readouterr().out == ""
+
+
+def end_wandb(*, after_seconds: float = 0.0) -> None:
+    """SIGKILL to the process that wandb has started; until then it answers nothing."""
+    children = [pid for file in Path("/proc/self/task").glob("*/children") for pid in file.read_text().split()]
+    (core,) = [int(pid) for pid in children if b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(core, signal.SIGSTOP)
+    if after_seconds:
+        Timer(after_seconds, os.kill, [core, signal.SIGKILL]).start()
+    else:
+        os.kill(core, signal.SIGKILL)
+
+
+def rows_and_end(sink: WandbSink) -> None:
+    for step in range(2, 100):  # a socket takes a row or two before it says that nobody reads
+        sink.update(step, {"loss": 1.0})
+    sink.close()
+
+
+@pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")  # wandb waits for none that failed
+@pytest.mark.parametrize(
+    ("after_seconds", "then"), [(0.0, rows_and_end), (0.0, WandbSink.close), (0.5, WandbSink.close)]
+)
+def test_a_wandb_that_ends_is_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, after_seconds: float, then: Callable[[WandbSink], None]
+) -> None:
+    pytest.importorskip("wandb")
+    sink = WandbSink(tmp_path, name="x", config={})
+    sink.update(1, {"loss": 1.0})
+    end_wandb(after_seconds=after_seconds)
+    then(sink)
+    sink.update(100, {"loss": 1.0})
+    sink.close()
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith("matformer")]
+    assert len(ours) == 1 and ours[0].startswith("wandb gets no more rows, it failed: "), ours
+    gc.collect()
 
 
 def test_a_disabled_wandb_is_not_even_imported(tmp_path: Path, monkeypatch) -> None:

@@ -18,6 +18,8 @@ from matformer.atto import masks, trunk
 from matformer.atto.masks import Positions
 from matformer.config.check import check
 from matformer.config.schema import ModelConfig, RunConfig
+from matformer.data.continued import with_before
+from matformer.data.loader import pack_documents
 from matformer.data.packing import (
     Piece,
     Place,
@@ -33,7 +35,7 @@ from matformer.data.packing import (
 from matformer.data.patching import StaticPatcher
 from matformer.data.sources import Document, MediaSpan, TextSpan, merge_spans
 from matformer.data.text_layout import patches_that_fit, text_positions
-from matformer.data.text_rows import with_masks
+from matformer.data.text_rows import mask_at, with_masks
 from matformer.engine.draws import Draws, Row
 from matformer.engine.evaluate import MASK_DRAWS, _diffused_pieces, length_bits
 from matformer.engine.unmask import _Sheet, fill_texts
@@ -363,6 +365,27 @@ def test_masks_have_the_law_of_their_time() -> None:
     mask = draw_training_masks(seed=0, step=3, lane=0, lanes=1)("k", 0, 4000)
     expected = Bernoulli(probs=torch.tensor(1.0 / mask.weight))
     assert abs(mask.hidden_U.mean() - float(expected.mean)) < 5 * float(expected.stddev) / math.sqrt(4000)
+
+
+@each_objective
+def test_heldout_masks_do_not_depend_on_where_batches_end(objective: str) -> None:
+    """Of a document that is cut between rows; one that is whole has the masks of its key and its first block."""
+    run = run_of(objective)
+    documents = [document("whole", b"once"), document("cut", bytes(range(97, 123)) * 24), document("w", b"more")]
+    weights = []
+    for rows in (1, 2, 3, 20):
+        batches = pack_documents(
+            documents, config=run.model_copy(update={"train": run.train.model_copy(update={"micro_batch": rows})})
+        )
+        masked = [
+            with_masks(one, number=3, draws=MASK_DRAWS, seed=0, before=before) for one, before in with_before(batches)
+        ]
+        assert len(masked) > 1 or rows == 20
+        weights.append(torch.cat([one.text.weight_U for one in masked]))
+    assert all(torch.equal(one, weights[0]) for one in weights[1:])
+    dice = generator(0, "heldout mask", "whole", 0, 3)
+    hidden, weight = mask_at((3 + dice.random()) / MASK_DRAWS, dice.random(6))
+    assert weights[0][:5].tolist() == [np.float32(weight) if one else 0.0 for one in hidden[:5]]
 
 
 def test_training_masks_depend_on_step_lane_and_span_alone_and_times_are_spread() -> None:
