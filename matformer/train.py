@@ -73,7 +73,7 @@ class Stop:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0 finished, 130 stopped and saved, 3 ranks that do not agree, 2 what else was said in a sentence."""
+    """The exit code: 0 finished, 130 stopped and saved, 3 ranks that do not agree, 2 said in another sentence."""
     parser = argparse.ArgumentParser(prog="matformer.train", description=__doc__)
     parser.add_argument("config", nargs="?", default="configs/run/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
