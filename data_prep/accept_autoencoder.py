@@ -127,12 +127,12 @@ def measure(autoencoder: Autoencoder, items: Sequence[Item], *, preparation: Pre
             if item.media is None:
                 raise DataError("a sample must have a medium, got none; remove it")
             _, array = preparation.read(item.media.read(), suffix=item.suffix)
+            media = as_media([array])
+            mean = autoencoder.encode(media).mean.half().float()
+            decoded = autoencoder.decode(mean)
         except DataError as error:
             log.warning("left out %s of %s: %s", item.key, item.shard, error)
             continue
-        media = as_media([array])
-        mean = autoencoder.encode(media).mean.half().float()
-        decoded = autoencoder.decode(mean)
         for name, value in _measures(decoded, media, preparation=preparation).items():
             findings.quality.setdefault(name, []).append(value)
         findings.latents.append(mean[0].flatten(1))

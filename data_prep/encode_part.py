@@ -125,8 +125,11 @@ class PartEncoder:
         try:
             moments = self.autoencoder.encode(media)
         except DataError as error:
-            for ready in group:
-                outcome.refuse(ready.item, error)
+            if len(group) == 1:
+                outcome.refuse(group[0].item, error)
+            else:  # the autoencoder does not say which of them it means
+                for ready in group:
+                    self._encode([ready], outcome=outcome)
             return
         both = [moments.mean] if moments.logvar is None else [moments.mean, moments.logvar]
         stored = torch.cat(both, 1).half().cpu().numpy()

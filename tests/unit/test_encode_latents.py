@@ -24,7 +24,7 @@ from data_prep import accept_autoencoder, encode_latents, encode_part
 from data_prep.accept_autoencoder import main as accept
 from data_prep.encode_latents import main as encode
 from data_prep.media_items import parts_of
-from matformer.autoencoders import MDCTPCA, PatchPCA, load_autoencoder
+from matformer.autoencoders import MDCTPCA, MotionField, PatchPCA, load_autoencoder
 from matformer.autoencoders.acceptance import Acceptance, read_acceptance
 from matformer.autoencoders.from_diffusers import DiffusersAutoencoder
 from matformer.autoencoders.preparation import Preparation, as_media
@@ -335,6 +335,39 @@ def test_bad_pictures_are_named_counted_and_skipped_and_nothing_else(
     assert sorted(found) == sorted(set(clean) - set(reasons))
     for key, (moments, _) in found.items():
         np.testing.assert_allclose(moments, clean[key][0], atol=4e-3)
+
+
+def field(number: int) -> bytes:
+    draws = np.random.default_rng(number)
+    made = np.concatenate([draws.integers(-32, 33, (2, 4, 4)) / 4, draws.random((1, 4, 4)) < 0.2]).astype(np.float32)
+    stream = io.BytesIO()
+    np.save(stream, made)
+    return stream.getvalue()
+
+
+def motion(folder: Path) -> Path:
+    MotionField.fit(torch.from_numpy(np.stack([np.load(io.BytesIO(field(i))) for i in range(COUNT)]))).save(folder)
+    return folder
+
+
+def test_one_that_the_autoencoder_refuses_takes_no_other_of_its_batch_along(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = write_files(tmp_path / "fields", suffix=".npy", of=field)
+    coder = accepted(motion(tmp_path / "coder"), data, "--min-psnr", "-99")
+    assert run(coder, data, tmp_path / "clean") == 0
+    spoilt = np.load(data / "s03.npy")
+    spoilt[0, 0, 0] = 600.0
+    np.save(data / "s03.npy", spoilt)
+    assert run(coder, data, tmp_path / "out") == 0
+    (bad,) = json.loads((tmp_path / "out" / "bad_samples.json").read_bytes())
+    assert bad["key"] == "s03" and "at most 512 pixels" in bad["reason"]
+    clean, found = written(tmp_path / "clean"), written(tmp_path / "out")
+    assert sorted(found) == sorted(set(clean) - {"s03"})
+    assert all(np.array_equal(moments, clean[key][0]) for key, (moments, _) in found.items())
+    accepted(coder, data, "--min-psnr", "-99")
+    record = read_acceptance(coder / "acceptance")
+    assert record is not None and record.samples == COUNT - 1 and "left out s03" in caplog.text
 
 
 def test_a_silent_sound_is_bad(tmp_path: Path) -> None:
