@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,7 +35,7 @@ class BadSamples:
 
 
 class Mixture:
-    """The documents of one lane. State: for each source, how many documents and latents it gave."""
+    """The documents of one lane. State: for each source, how many documents and latents it gave, and its share."""
 
     def __init__(
         self, streams: Mapping[str, Stream], weights: Mapping[str, float], *, seed: int, lane: int, bad: BadSamples
@@ -68,17 +69,28 @@ class Mixture:
             self.latents[name] += measure(document)
             return name, place, document
 
-    def state(self) -> dict[str, list[int]]:
-        """{source: [documents, latents]}, fit for json."""
-        return {name: [self.taken[name], self.latents[name]] for name in self.shares}
+    def state(self) -> dict[str, list[float]]:
+        """{source: [documents, latents, share]}, fit for json."""
+        return {name: [self.taken[name], self.latents[name], share] for name, share in self.shares.items()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`; a source that it lacks begins level with its share, not as one that is far behind."""
+        """Go on from `state`, each source from its document.
+
+        A source that it lacks begins level with its share, not as one that is far behind; so do all where the known
+        ones' shares changed, because what was given under others says nothing about these.
+        """
         known = [name for name in self.shares if name in state]
         share = sum(self.shares[name] for name in known)
         total = sum(state[name][1] for name in known) / share if known else 0.0
+        before = [state[name][2] for name in known if len(state[name]) > 2]  # older states lack them
+        changed = any(
+            not math.isclose(old * share, self.shares[name] * sum(before))
+            for name, old in zip(known, before, strict=False)
+        )
         for name in self.shares:
-            self.taken[name], self.latents[name] = state.get(name, (0, round(self.shares[name] * total)))
+            level = round(self.shares[name] * total)
+            self.taken[name] = state[name][0] if name in state else 0
+            self.latents[name] = level if changed or name not in state else state[name][1]
 
     def _furthest_behind(self) -> str:
         total = sum(self.latents.values())

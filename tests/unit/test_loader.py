@@ -315,6 +315,35 @@ def test_a_source_that_is_added_does_not_flood_the_mixture(root: Path) -> None:
     assert mixture.latents["images"] == 5000
 
 
+def test_shares_that_change_on_resume_hold_at_once(root: Path) -> None:
+    model = config(root).model
+
+    def mixture(text: float, images: float, **more: float) -> Mixture:
+        weights = {"text": text, "images": images, **more}
+        return Mixture(streams(root), weights, seed=3, lane=0, bad=BadSamples(0))
+
+    def given(made: Mixture, *, documents: int) -> dict[str, int]:
+        before = dict(made.latents)
+        for _ in range(documents):
+            made.next(lambda document: document_positions(document, model=model))
+        return {name: made.latents[name] - before[name] for name in before}
+
+    first = mixture(9.0, 1.0)
+    given(first, documents=400)
+    state = json.loads(json.dumps(first.state()))
+    changed = mixture(0.5, 0.5)
+    changed.load_state(state)
+    assert changed.taken == first.taken
+    found = given(changed, documents=60)
+    assert abs(found["text"] / sum(found.values()) - 0.5) < 0.1
+    for same in (mixture(0.45, 0.05), mixture(9.0, 1.0, albums=10.0)):  # the known ones' proportion stays
+        same.load_state(state)
+        assert [same.latents[name] for name in ("text", "images")] == [first.latents[n] for n in ("text", "images")]
+    old = mixture(0.5, 0.5)
+    old.load_state({name: one[:2] for name, one in state.items()})
+    assert old.latents == first.latents and old.taken == first.taken
+
+
 def test_an_epoch_gives_every_document_once_over_all_lanes(root: Path) -> None:
     lanes = [streams(root, lane=lane)["images"] for lane in range(8)]
     keys = [lanes[place % 8].document(place // 8).key for place in range(24)]
