@@ -1,7 +1,7 @@
 """Is this autoencoder good enough for this data set? Numbers, a contact sheet, and a record that encoding asks for.
 
     python -m data_prep.accept_autoencoder --autoencoder FOLDER --data MEDIA --buckets 8x8 [--samples 64] \
-        [--min-psnr 20] [--min-ssim 0.6] [--max-mel 8] [--out FOLDER/acceptance]
+        [--min-psnr 20] [--min-ssim 0.6] [--max-mel 8] [--min-snr 20] [--out FOLDER/acceptance]
 
 MEDIA is a folder of files or of WebDataset tars. Writes acceptance.json and contact_sheet.png; exit code 2 if it is not
 accepted. `--buckets` are grids in latent cells (8x8 for pictures, 64 for sound, 3x8x8 for video).
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from data_prep.contact_sheet import save_sheet
 from data_prep.media_items import Item, parts_of
-from data_prep.quality import SSIM_WINDOW, channel_statistics, mel_distance, psnr, snr, ssim
+from data_prep.quality import SSIM_WINDOW, channel_statistics, mel_distance, psnr, snr, ssim, variance_snr
 from matformer.autoencoders import Autoencoder, load_autoencoder
 from matformer.autoencoders.acceptance import RECORD_FOLDER, Acceptance
 from matformer.autoencoders.preparation import SUFFIXES, Preparation, as_media
@@ -39,7 +39,7 @@ DEFAULTS = {
     "image": {"min_psnr_db": 20.0, "min_ssim": 0.6},
     "video": {"min_psnr_db": 20.0, "min_ssim": 0.6},
     "audio": {"max_mel_db": 8.0},
-    "tensor": {"min_psnr_db": 20.0},
+    "tensor": {"min_snr_db": 20.0},
 }
 
 
@@ -53,8 +53,10 @@ class Findings:
     decoded: list[Tensor] = field(default_factory=list)
 
     def means(self) -> dict[str, float]:
-        """The mean over samples of each measure, and of PSNR the 5th percentile too."""
+        """The mean over samples of each measure, of PSNR the 5th percentile too; SNR of variance and error in all."""
         found = {name: float(np.mean(values)) for name, values in self.quality.items()}
+        if "variance" in self.quality:
+            found["snr_db"] = variance_snr(found["error"], variance=found["variance"])
         if "psnr_db" in self.quality:
             found["psnr_db_5th_percentile"] = float(np.percentile(self.quality["psnr_db"], 5))
         return found
@@ -82,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not record.accepted:
             raise DataError(
                 f"the autoencoder in {asked.autoencoder} must meet its thresholds, got {'; '.join(record.failed)} "
-                f"(see {out}); use a better one, or change --min-psnr, --min-ssim or --max-mel"
+                f"(see {out}); use a better one, or change --min-psnr, --min-ssim, --max-mel or --min-snr"
             )
     except OSError as error:
         sys.stderr.write(f"the record must be written, got: {error}; free space or change --out\n")
@@ -178,16 +180,21 @@ def _measures(decoded: Tensor, media: Tensor, *, preparation: Preparation) -> di
     if preparation.sample_rate is not None:
         distance = mel_distance(decoded, media, rate=preparation.sample_rate)
         return {"mel_db": float(distance), "snr_db": float(snr(decoded, media))}
-    found = {"psnr_db": float(psnr(decoded.clamp(-1, 1), media))}
-    if preparation.modality in ("image", "video"):
-        frames = [one[0].movedim(1, 0) if one.ndim == 5 else one for one in (decoded.clamp(-1, 1), media)]
-        if min(media.shape[-2:]) >= SSIM_WINDOW:
-            found["ssim"] = float(ssim(*frames).mean())
+    if preparation.modality == "tensor":  # of no known range
+        return {"error": float((decoded - media).square().mean()), "variance": float(media.var(correction=0))}
+    shown = decoded.clamp(-1, 1)
+    found = {"psnr_db": float(psnr(shown, media))}
+    frames = [one[0].movedim(1, 0) if one.ndim == 5 else one for one in (shown, media)]
+    if min(media.shape[-2:]) >= SSIM_WINDOW:
+        found["ssim"] = float(ssim(*frames).mean())
     return found
 
 
 def _thresholds(asked: argparse.Namespace, *, modality: str) -> dict[str, float]:
-    given = {"min_psnr_db": asked.min_psnr, "min_ssim": asked.min_ssim, "max_mel_db": asked.max_mel}
+    given = {
+        "min_psnr_db": asked.min_psnr, "min_ssim": asked.min_ssim, "max_mel_db": asked.max_mel,
+        "min_snr_db": asked.min_snr,
+    }  # fmt: skip
     return {name: given[name] if given[name] is not None else bound for name, bound in DEFAULTS[modality].items()}
 
 
@@ -210,6 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--min-psnr", type=float, help="dB, mean over pictures or videos")
     parser.add_argument("--min-ssim", type=float)
     parser.add_argument("--max-mel", type=float, help="dB, mean distance of log-mel spectra")
+    parser.add_argument("--min-snr", type=float, help="dB, arrays: their variance over the squared error")
     add_preparation(parser)
     return parser
 

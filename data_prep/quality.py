@@ -46,6 +46,11 @@ def snr(ours: Float[Tensor, "B c samples"], original: Float[Tensor, "B c samples
     return 10 * torch.log10(original.square().flatten(1).sum(1).clamp_min(1e-12) / noise.clamp_min(1e-12))
 
 
+def variance_snr(error: float, *, variance: float) -> float:
+    """dB of media of any range, from the mean squared error and their variance: 0 for a constant; 96 without error."""
+    return 10 * math.log10(variance / max(error, variance * 10**-9.6)) if variance > 0 else math.nan
+
+
 def mel_distance(
     ours: Float[Tensor, "B c samples"], original: Float[Tensor, "B c samples"], *, rate: int
 ) -> Float[Tensor, " B"]:

@@ -354,7 +354,7 @@ def test_one_that_the_autoencoder_refuses_takes_no_other_of_its_batch_along(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = write_files(tmp_path / "fields", suffix=".npy", of=field)
-    coder = accepted(motion(tmp_path / "coder"), data, "--min-psnr", "-99")
+    coder = accepted(motion(tmp_path / "coder"), data)
     assert run(coder, data, tmp_path / "clean") == 0
     spoilt = np.load(data / "s03.npy")
     spoilt[0, 0, 0] = 600.0
@@ -365,9 +365,28 @@ def test_one_that_the_autoencoder_refuses_takes_no_other_of_its_batch_along(
     clean, found = written(tmp_path / "clean"), written(tmp_path / "out")
     assert sorted(found) == sorted(set(clean) - {"s03"})
     assert all(np.array_equal(moments, clean[key][0]) for key, (moments, _) in found.items())
-    accepted(coder, data, "--min-psnr", "-99")
+    accepted(coder, data)
     record = read_acceptance(coder / "acceptance")
     assert record is not None and record.samples == COUNT - 1 and "left out s03" in caplog.text
+
+
+def test_arrays_of_any_range_are_measured_by_their_own_variance(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_files(tmp_path / "fields", suffix=".npy", of=field)
+    coder = accepted(motion(tmp_path / "coder"), data)  # it loses nothing
+    record = read_acceptance(coder / "acceptance")
+    assert record is not None and record.thresholds == {"min_snr_db": 20.0}
+    assert record.quality["snr_db"] == pytest.approx(96.0) and record.quality["error"] == 0
+    spoilt = load_autoencoder(coder)
+    whole = spoilt.decode
+    spoilt.decode = lambda latent: whole(latent) * 0.5
+    items = [item for part in parts_of(data, suffixes=(".npy",), samples=5) for item in part.items()]
+    preparation = Preparation.of(spoilt, buckets=[(4, 4)])
+    found = accept_autoencoder.measure(spoilt, items, preparation=preparation).means()
+    assert found["snr_db"] == pytest.approx(10 * np.log10(found["variance"] / found["error"])) and found["snr_db"] < 20
+    assert accept([*asked(coder, data, "4x4"), "--min-snr", "97"]) == 2
+    assert "snr_db 96.000 where min. 97" in capsys.readouterr().err
 
 
 def test_a_silent_sound_is_bad(tmp_path: Path) -> None:
