@@ -193,12 +193,17 @@ def load_diffusers(folder: Path) -> DiffusersAutoencoder:
             f"an autoencoder of diffusers must be one of {sorted(CLASSES)}, got {name} in {folder}; name another folder"
         )
     try:
-        model: nn.Module = getattr(diffusers, name).from_pretrained(
-            folder, local_files_only=True, torch_dtype=torch.float32, low_cpu_mem_usage=False
+        model: nn.Module
+        model, info = getattr(diffusers, name).from_pretrained(
+            folder, local_files_only=True, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DataError(
             f"{folder} must be a whole folder of {name}.save_pretrained, got {reason}; copy it again"
         ) from error
+    if fresh := sorted(info["missing_keys"]):  # diffusers draws them and goes on; of a wrong shape it refuses itself
+        raise DataError(
+            f"{folder} must hold every tensor of {name}, got none for {len(fresh)}, such as {fresh[0]}; copy it again"
+        )
     return DiffusersAutoencoder(model.eval().requires_grad_(False))

@@ -44,16 +44,20 @@ def load_autoencoder(folder: Path, *, fingerprint: str | None = None) -> Autoenc
 def _load_own(folder: Path) -> Autoencoder:
     try:
         record = json.loads((folder / SETTINGS_FILE).read_bytes())
+        kind, settings = str(record["kind"]), dict(record["settings"])
         state = safetensors.torch.load((folder / WEIGHTS_FILE).read_bytes())
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise DataError(
-            f"{folder} must hold a readable {SETTINGS_FILE} and {WEIGHTS_FILE}, got {error}; prepare data.root again"
+            f"{folder} must hold a readable {SETTINGS_FILE} and {WEIGHTS_FILE}, got {error!r}; prepare data.root again"
         ) from error
-    if record.get("kind") not in KINDS:
+    if kind not in KINDS:
+        raise DataError(f"an autoencoder must be one of {sorted(KINDS)}, got {kind!r} in {folder}; check data.root")
+    try:
+        autoencoder = KINDS[kind](**settings)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise DataError(
-            f"an autoencoder must be one of {sorted(KINDS)}, got {record.get('kind')!r} in {folder}; check data.root"
-        )
-    autoencoder = KINDS[record["kind"]](**record["settings"])
+            f"{SETTINGS_FILE} in {folder} must hold the settings of {kind}, got {error!r}; prepare data.root again"
+        ) from error
     try:
         autoencoder.load_state_dict(state)
     except RuntimeError as error:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from matformer.autoencoders import MDCTPCA, ConvolutionalAutoencoder, PatchPCA, load_autoencoder
-from matformer.autoencoders.base import WEIGHTS_FILE
+from matformer.autoencoders.base import SETTINGS_FILE, WEIGHTS_FILE
 from matformer.autoencoders.convolutional import Medium
 from matformer.autoencoders.mdct_pca import inverse_mdct, mdct, mdct_matrix
 from matformer.autoencoders.patch_pca import to_pixels, to_signed
@@ -123,6 +123,25 @@ def test_sizes_that_do_not_fit_are_named() -> None:
         PatchPCA(factor=4, channels=6).encode(torch.zeros(1, 3, 10, 16))
     with pytest.raises(DataError, match="1 to 48 channels"):
         PatchPCA(factor=4, channels=49)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ("[]", "must hold a readable"),
+        ('{"kind": "patch_pca"}', "must hold a readable"),
+        ('{"kind": "patch_pca", "settings": 3}', "must hold a readable"),
+        ('{"kind": ["patch_pca"], "settings": {}}', "must be one of"),
+        ('{"kind": "patch_pca", "settings": {"factor": 8}}', "must hold the settings of patch_pca"),
+        ('{"kind": "patch_pca", "settings": {"factor": 8, "channels": 4, "x": 1}}', "must hold the settings of"),
+        ('{"kind": "patch_pca", "settings": {"factor": "8", "channels": 4}}', "must hold the settings of patch_pca"),
+    ],
+)
+def test_damaged_settings_are_one_sentence(settings: str, reason: str, tmp_path: Path) -> None:
+    PatchPCA(factor=8, channels=4).save(tmp_path)
+    (tmp_path / SETTINGS_FILE).write_text(settings)
+    with pytest.raises(DataError, match=reason):
+        load_autoencoder(tmp_path)
 
 
 def test_an_untrained_convolutional_one_is_the_closed_form_one() -> None:

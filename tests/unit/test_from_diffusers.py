@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -99,6 +100,21 @@ def test_media_that_are_no_whole_cells_are_refused(name: str, tmp_path: Path) ->
     tiny_diffusers(name).save_pretrained(tmp_path)
     with pytest.raises(DataError, match="multiples of"):
         load_autoencoder(tmp_path).encode(media_of(name)[..., :-1])
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("damage", ["missing", "mismatched"])
+def test_a_tensor_that_a_folder_lacks_is_not_drawn_anew(name: str, damage: str, tmp_path: Path) -> None:
+    tiny_diffusers(name).save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    victim = next(key for key in tensors if key.startswith("encoder") and "weight" in key)
+    taken = tensors.pop(victim)
+    if damage == "mismatched":
+        tensors[victim] = torch.cat([taken, taken])
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(DataError, match=rf"must (hold every tensor|be a whole folder).*{victim}"):
+        load_autoencoder(tmp_path)
 
 
 def test_what_is_no_autoencoder_of_ours_is_one_sentence(tmp_path: Path) -> None:
