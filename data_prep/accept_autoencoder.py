@@ -127,7 +127,7 @@ def measure(autoencoder: Autoencoder, items: Sequence[Item], *, preparation: Pre
     for item in track(items, "accepting", console=Console(stderr=True), transient=True):
         try:
             if item.media is None:
-                raise DataError("a sample must have a medium, got none; remove it")
+                raise DataError("a sample must have a medium, got none; bring it")
             _, array = preparation.read(item.media.read(), suffix=item.suffix)
             media = as_media([array])
             mean = autoencoder.encode(media).mean.half().float()

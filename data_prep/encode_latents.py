@@ -12,7 +12,6 @@ that a killed command goes on where it stood; OUT appears whole or not at all, w
 from __future__ import annotations
 
 import argparse
-import fcntl
 import functools
 import hashlib
 import itertools
@@ -28,7 +27,6 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +39,7 @@ from data_prep.accept_autoencoder import add_preparation, preparation_from
 from data_prep.encode_part import Coder, Job, PartEncoder
 from data_prep.media_items import parts_of
 from data_prep.records import is_held_out
+from data_prep.working_folder import WHOLE, place, working_folder
 from matformer.autoencoders import Autoencoder, load_autoencoder
 from matformer.autoencoders.acceptance import RECORD_FOLDER, Acceptance, require_accepted
 from matformer.autoencoders.preparation import SUFFIXES
@@ -53,6 +52,14 @@ log = logging.getLogger("data_prep.encode_latents")
 SPLITS = ("train", "heldout")
 AUTOENCODER = "autoencoder"
 BAD_FILE = "bad_samples.json"
+
+
+class DamagedPart(DataError):
+    """A part that was whole once; it can be encoded again."""
+
+    def __init__(self, folder: Path, error: DataError) -> None:
+        super().__init__(str(error))
+        self.folder = folder
 
 
 @dataclass(slots=True)
@@ -72,7 +79,7 @@ class BadCount:
             raise DataError(
                 f"at most {self.limit} samples may be bad, got {len(self.seen)}, the last: {last['key']} of "
                 f"{last['shard']}: {last['reason']}; repair them, or run the same command with a higher "
-                "--max-bad-samples (it goes on where it stood)"
+                "--max-bad-samples (it goes on where it stood; without their files, later parts are made anew)"
             )
 
 
@@ -124,17 +131,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     asked = _parser().parse_args(arguments)
     try:
-        with _working(asked.out) as work:
+        if asked.out.resolve().is_relative_to(asked.data.resolve()):
+            raise DataError(
+                f"--out must lie outside --data, whose tars are all taken for media, got {asked.out} in {asked.data}; "
+                "change --out"
+            )
+        with working_folder(asked.out) as work:
             autoencoder = load_autoencoder(asked.autoencoder)
             record = require_accepted(autoencoder, folder=asked.autoencoder, record=asked.accepted)
             coder = Coder(asked.autoencoder, preparation_from(asked, autoencoder), asked.batch, asked.device)
             jobs = _jobs(asked, coder=coder, fingerprint=record.fingerprint, work=work)
-            bad = BadCount(asked.max_bad_samples)
-            encode(
-                list(itertools.chain(*jobs.values())), coder=coder, autoencoder=autoencoder, processes=asked.processes,
-                bad=bad,
-            )  # fmt: skip
-            _finish(asked, jobs, autoencoder=autoencoder, record=record, coder=coder, bad=bad, work=work)
+            _encode_and_merge(asked, jobs, autoencoder=autoencoder, record=record, coder=coder, work=work)
     except OSError as error:
         sys.stderr.write(f"{asked.out} must be a folder that can be written, got: {error}; change --out\n")
         return 2
@@ -142,15 +149,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _encode_and_merge(
+    asked: argparse.Namespace,
+    jobs: dict[str, list[Job]],
+    *,
+    autoencoder: Autoencoder,
+    record: Acceptance,
+    coder: Coder,
+    work: Path,
+) -> None:
+    """Every part, then all as one; a part that turns out to be damaged is encoded again, once."""
+    again: set[Path] = set()
+    while True:
+        bad = BadCount(asked.max_bad_samples)
+        encode(
+            list(itertools.chain(*jobs.values())), coder=coder, autoencoder=autoencoder, processes=asked.processes,
+            bad=bad,
+        )  # fmt: skip
+        try:
+            _finish(asked, jobs, autoencoder=autoencoder, record=record, coder=coder, bad=bad, work=work)
+            return
+        except DamagedPart as error:
+            if error.folder in again:
+                raise
+            again.add(error.folder)
+            _forget(error.folder, error)
+
+
 def encode(
     jobs: Sequence[Job], *, coder: Coder, autoencoder: Autoencoder | None, processes: int, bad: BadCount
 ) -> None:
     """Every part that is not there yet. Raises DataError where too many samples are bad, or a process was killed."""
-    missing = [job for job in jobs if not job.folder.is_dir()]
-    total, start = sum(job.part.count for job in missing), time.monotonic()
+    missing = []
     for job in jobs:
-        if job.folder.is_dir():
-            bad.add(_bad_of(job))
+        left_out = _left_out_before(job)
+        if left_out is None:
+            missing.append(job)
+        else:
+            bad.add(left_out)
+    total, start = sum(job.part.count for job in missing), time.monotonic()
     rate, left_out = TextColumn("{task.fields[rate]:.1f} a second"), TextColumn("{task.fields[bad]} bad")
     columns = (
         TextColumn("{task.description}"),
@@ -223,26 +260,18 @@ def _bad_of(job: Job) -> list[dict[str, str]]:
     return ShardReader(job.folder).manifest["bad"]
 
 
-@contextmanager
-def _working(out: Path) -> Iterator[Path]:
-    """The folder beside OUT where parts are kept, locked: it is left when something fails, and gone at a clean exit.
+def _left_out_before(job: Job) -> list[dict[str, str]] | None:
+    """Bad samples of a part that is there; None where it is to be encoded, because it is not, or damaged."""
+    try:
+        return _bad_of(job) if job.folder.is_dir() else None
+    except DataError as error:
+        _forget(job.folder, error)
+        return None
 
-    Raises DataError if OUT exists or another command works on it.
-    """
-    out = out.absolute()
-    if out.exists():
-        raise DataError(f"{out} must not exist yet, got a folder or file; remove it or change --out")
-    work = out.with_name(f".{out.name}.encoding")
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"one command at a time may encode into {out}, got another; wait for it") from error
-        for left in work.glob(".*.writing-*"):  # of killed processes
-            shutil.rmtree(left)
-        yield work
-        shutil.rmtree(work)
+
+def _forget(part: Path, error: DataError) -> None:
+    log.warning("a part is damaged and encoded again: %s", error)
+    shutil.rmtree(part)
 
 
 def _jobs(asked: argparse.Namespace, *, coder: Coder, fingerprint: str, work: Path) -> dict[str, list[Job]]:
@@ -269,7 +298,7 @@ def _finish(
     work: Path,
 ) -> None:
     """All parts as one data set, renamed into place at the end."""
-    whole = work / "whole"
+    whole = work / WHOLE
     shutil.rmtree(whole, ignore_errors=True)
     acceptance = {name: value for name, value in record.manifest().items() if name not in ("latents", "preparation")}
     modality = coder.preparation.modality
@@ -286,33 +315,31 @@ def _finish(
     autoencoder.save(whole / AUTOENCODER)
     record.save(whole / AUTOENCODER / RECORD_FOLDER)
     (whole / BAD_FILE).write_text(json.dumps(bad.seen, indent=1) + "\n")
-    os.replace(whole, asked.out)
+    place(whole, asked.out, work=work)
 
 
 def merge(
     jobs: dict[str, list[Job]], *, out: Path, extra: dict[str, Any], channels: int, one_in: int, bad: BadCount
 ) -> None:
-    """Parts -> OUT/train and OUT/heldout, both with the statistics of train. Raises DataError if one stays empty."""
+    """Parts -> OUT/train and OUT/heldout, both with the statistics of train.
+
+    Raises DamagedPart where one cannot be read, DataError if a split stays empty.
+    """
     sums, counts = ChannelSums(channels), {split: Counter() for split in SPLITS}
     keys: dict[str, set[str]] = {split: set() for split in SPLITS}
     writers = {split: ShardWriter(out / split, form="pairs", extra=extra | {"split": split}) for split in SPLITS}
     with writers["train"], writers["heldout"]:
-        for given, job in ((given, job) for given, group in jobs.items() for job in group):
-            reader = ShardReader(job.folder)
-            for i in range(len(reader)):
-                members, key = reader.read(i), reader.key(i)
-                facts = json.loads(members["json"])
-                split = given if len(jobs) > 1 else _split_of(facts["base"], one_in=one_in)
-                if key in keys[split]:
-                    bad.add([{"shard": facts["source"], "key": key, "reason": "its key must be unique, got it twice"}])
-                    continue
-                keys[split].add(key)
-                writers[split].add(key, members)
-                counts[split].update(
-                    cells=int(np.prod(facts["bucket"])), **{_language(text): 1 for text in facts["texts"]}
-                )
-                if split == "train":
-                    sums.add(reader.array(i, "moments.npy"))
+        for given, reader, i, members in _samples(jobs):
+            key, facts = reader.key(i), json.loads(members["json"])
+            split = given if len(jobs) > 1 else _split_of(facts["base"], one_in=one_in)
+            if key in keys[split]:
+                bad.add([{"shard": facts["source"], "key": key, "reason": "its key must be unique, got it twice"}])
+                continue
+            keys[split].add(key)
+            writers[split].add(key, members)
+            counts[split].update(cells=int(np.prod(facts["bucket"])), **{_language(text): 1 for text in facts["texts"]})
+            if split == "train":
+                sums.add(reader.array(i, "moments.npy"))
         for split in SPLITS:
             if not keys[split]:
                 raise DataError(
@@ -323,6 +350,17 @@ def merge(
             languages = {name.removeprefix("lang:"): number for name, number in counts[split].most_common()}
             writers[split].extra |= {"latents": sums.manifest(), "cells": cells, "languages": languages}
             writers[split].extra |= {"bad_samples": len(bad.seen)}
+
+
+def _samples(jobs: dict[str, list[Job]]) -> Iterator[tuple[str, ShardReader, int, dict[str, bytes]]]:
+    """(given split, reader of the part, number in it, members) of every sample. Raises DamagedPart."""
+    for given, job in ((given, job) for given, group in jobs.items() for job in group):
+        try:
+            reader = ShardReader(job.folder)
+            for i in range(len(reader)):
+                yield given, reader, i, reader.read(i)
+        except DataError as error:
+            raise DamagedPart(job.folder, error) from error
 
 
 def _split_of(base: str, *, one_in: int) -> str:

@@ -139,7 +139,7 @@ class PartEncoder:
                 outcome.refuse(ready.item, DataError(f"moments must have shape {expected}, got {array.shape}"))
             elif not np.isfinite(array).all():
                 outcome.refuse(
-                    ready.item, DataError("latents must be finite in float16, got nan or infinity; remove it")
+                    ready.item, DataError("latents must be finite in float16, got nan or infinity; check its medium")
                 )
             else:
                 ready.moments, ready.array = array, array[:0]  # what was encoded is let go

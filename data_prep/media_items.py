@@ -34,7 +34,7 @@ class Place:
                 file.seek(self.offset)
                 data = file.read() if self.size is None else file.read(self.size)
         except OSError as error:
-            raise DataError(f"{self.path} must be readable, got: {error}; repair or remove it") from error
+            raise DataError(f"{self.path} must be readable, got: {error}; repair it") from error
         if self.size is not None and len(data) < self.size:
             raise DataError(f"{self.path} must hold {self.size} bytes at {self.offset}, got {len(data)}; copy it again")
         return data
@@ -70,7 +70,7 @@ class Item:
         except (UnicodeDecodeError, KeyError, TypeError) as error:
             raise DataError(f"captions must be UTF-8 text with a language each, got: {error!r}; repair them") from error
         if not text:
-            raise DataError("a sample must have a caption, got none; write one beside it as .txt, or remove it")
+            raise DataError("a sample must have a caption, got none; write one beside it as .txt")
         return [{"lang": "en", "text": text}]
 
     def known(self) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class Item:
         try:
             known = json.loads(self.facts.read())
         except ValueError as error:
-            raise DataError(f"the .json of a sample must hold JSON, got: {error}; repair or remove it") from error
+            raise DataError(f"the .json of a sample must hold JSON, got: {error}; repair it") from error
         if not isinstance(known, dict):
             raise DataError(f"the .json of a sample must hold an object, got {type(known).__name__}; repair it")
         return known

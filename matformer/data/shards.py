@@ -103,6 +103,10 @@ class ShardWriter:
         self._tar.close()
         self._tar = None
         name = f"shard-{len(self._shards):06d}"
+        with (self._beside / f"{name}.tar").open(
+            "rb"
+        ) as file:  # a rename may outlive a power cut that its bytes do not
+            os.fsync(file.fileno())
         text = _write_json(self._beside / f"{name}.index.json", {"samples": self._samples})
         size = sum(member.size for sample in self._samples for member in sample["members"].values())
         digest = hashlib.sha256(text).hexdigest()

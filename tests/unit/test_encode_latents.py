@@ -24,6 +24,7 @@ from data_prep import accept_autoencoder, encode_latents, encode_part
 from data_prep.accept_autoencoder import main as accept
 from data_prep.encode_latents import main as encode
 from data_prep.media_items import parts_of
+from data_prep.working_folder import working_folder
 from matformer.autoencoders import MDCTPCA, MotionField, PatchPCA, load_autoencoder
 from matformer.autoencoders.acceptance import Acceptance, read_acceptance
 from matformer.autoencoders.from_diffusers import DiffusersAutoencoder
@@ -448,6 +449,82 @@ def test_a_killed_command_goes_on_and_gives_the_same(
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def killed_before_the_merge(coder: Path, data: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The parts that are left, in three files each."""
+
+    def killed(*_: object, **__: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(encode_latents, "merge", killed)
+        with pytest.raises(Killed):
+            run(coder, data, out, "--part-samples", "4")
+    return sorted((out.parent / f".{out.name}.encoding").glob("part-*"))
+
+
+@pytest.mark.parametrize("file", ["shard-000000.tar", "shard-000000.index.json", "manifest.json"])
+def test_parts_that_a_power_cut_damaged_are_encoded_again(
+    file: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    coder = accepted(pca(tmp_path / "coder"), pictures)
+    assert run(coder, pictures, tmp_path / "whole", "--part-samples", "4") == 0
+    parts = killed_before_the_merge(coder, pictures, tmp_path / "out", monkeypatch)
+    for part in parts[:2]:
+        (part / file).write_bytes(b"")
+    assert run(coder, pictures, tmp_path / "out", "--part-samples", "4") == 0
+    assert caplog.text.count("encoded again") == 2
+    for split in ("train", "heldout"):
+        name = f"{split}/shard-000000.tar"
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (tmp_path / ".out.encoding").exists()
+
+
+def test_a_part_that_is_damaged_again_ends_the_command(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    coder = accepted(pca(tmp_path / "coder"), pictures)
+    original = encode_part.PartEncoder.encode
+
+    def damaging(self: encode_part.PartEncoder, job: encode_part.Job) -> encode_part.Job:
+        done = original(self, job)
+        (job.folder / "shard-000000.tar").write_bytes(b"")
+        return done
+
+    monkeypatch.setattr(encode_part.PartEncoder, "encode", damaging)
+    assert run(coder, pictures, tmp_path / "out") == 2
+    assert "shard-000000.tar must be readable" in capsys.readouterr().err
+
+
+def test_a_command_that_was_killed_once_its_output_was_in_place_leaves_nothing(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    coder, work = accepted(pca(tmp_path / "coder"), pictures), tmp_path / ".out.encoding"
+
+    def killed(_: Path) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr("data_prep.working_folder._remove", killed)
+        run(coder, pictures, tmp_path / "out")
+    assert (tmp_path / "out" / "train").is_dir() and list(work.glob("part-*"))
+    assert run(coder, pictures, tmp_path / "out") == 2
+    assert "must not exist yet" in capsys.readouterr().err and not work.exists()
+    # parts of a command that did not come so far are not touched by an output of someone else's
+    parts = killed_before_the_merge(coder, pictures, tmp_path / "other", monkeypatch)
+    (tmp_path / "other").mkdir()
+    assert run(coder, pictures, tmp_path / "other") == 2
+    assert parts and all(part.is_dir() for part in parts)
+
+
+def test_an_output_among_the_media_is_refused(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    coder = accepted(pca(tmp_path / "coder"), pictures)
+    assert run(coder, pictures, pictures / "deep" / "out") == 2
+    assert "--out must lie outside --data" in capsys.readouterr().err
+    assert not (pictures / "deep").exists()
+
+
 def test_processes_that_the_system_kills_leave_parts_and_nothing_that_runs(project: Path, tmp_path: Path) -> None:
     data = write_files(tmp_path / "many", suffix=".png", of=picture, count=300)
     coder = accepted(pca(tmp_path / "coder"), data)
@@ -486,7 +563,7 @@ def test_an_existing_output_and_one_that_is_being_written_are_refused(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     coder = accepted(pca(tmp_path / "coder"), pictures)
-    with encode_latents._working(tmp_path / "out"):
+    with working_folder(tmp_path / "out"):
         assert run(coder, pictures, tmp_path / "out") == 2
         assert "one command at a time" in capsys.readouterr().err
     (tmp_path / "out").mkdir()

@@ -84,6 +84,14 @@ def test_nothing_is_left_of_a_write_that_failed(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_shard_is_on_the_disk_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: set[str] = set()
+    monkeypatch.setattr("os.fsync", lambda number: synced.add(Path(f"/proc/self/fd/{number}").readlink().name))
+    with ShardWriter(tmp_path / "part", form="pairs") as writer:
+        writer.add("a", {"txt": b"x"})
+    assert synced == {path.name for path in (tmp_path / "part").iterdir()}
+
+
 def test_keys_that_webdataset_would_split_are_refused(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "train", form="text") as writer:
         writer.add("a", {"txt": b"x"})
