@@ -29,7 +29,7 @@ from data_prep.quality import SSIM_WINDOW, channel_statistics, mel_distance, psn
 from matformer.autoencoders import Autoencoder, load_autoencoder
 from matformer.autoencoders.acceptance import RECORD_FOLDER, Acceptance
 from matformer.autoencoders.preparation import SUFFIXES, Preparation, as_media
-from matformer.door import door
+from matformer.door import amount, door, positive
 from matformer.errors import DataError
 
 log = logging.getLogger("data_prep.accept_autoencoder")
@@ -109,7 +109,7 @@ def add_preparation(parser: argparse.ArgumentParser, *, required: bool = True) -
     parser.add_argument(
         "--level", choices=("speech", "as-is"), help="sound: trim and level, or not; speech by default if mono"
     )
-    parser.add_argument("--fps", type=float, default=8.0, help="video: frames a second")
+    parser.add_argument("--fps", type=amount, default=8.0, help="video: frames a second")
 
 
 def sample_items(root: Path, *, suffixes: tuple[str, ...], count: int) -> list[Item]:
@@ -212,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--autoencoder", type=Path, required=True, help="folder that ours or diffusers wrote")
     parser.add_argument("--data", type=Path, required=True, help="folder of media, or of WebDataset tars of them")
-    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--samples", type=positive, default=64)
     parser.add_argument("--out", type=Path, help="folder of the record; AUTOENCODER/acceptance by default")
     parser.add_argument("--min-psnr", type=float, help="dB, mean over pictures or videos")
     parser.add_argument("--min-ssim", type=float)

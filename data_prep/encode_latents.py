@@ -44,7 +44,7 @@ from matformer.autoencoders import Autoencoder, load_autoencoder
 from matformer.autoencoders.acceptance import RECORD_FOLDER, Acceptance, require_accepted
 from matformer.autoencoders.preparation import SUFFIXES
 from matformer.data.shards import ShardReader, ShardWriter
-from matformer.door import door
+from matformer.door import door, natural, positive
 from matformer.errors import DataError
 
 log = logging.getLogger("data_prep.encode_latents")
@@ -280,7 +280,8 @@ def _jobs(asked: argparse.Namespace, *, coder: Coder, fingerprint: str, work: Pa
     roots = {split: asked.data / split for split in SPLITS} if len(splits) == 2 else {"train": asked.data}
     jobs: dict[str, list[Job]] = {}
     for split, root in roots.items():
-        parts = parts_of(root, suffixes=SUFFIXES[coder.preparation.modality], samples=asked.part_samples)
+        suffixes = SUFFIXES[coder.preparation.modality]
+        parts = parts_of(root, suffixes=suffixes, samples=asked.part_samples, repeats=asked.max_bad_samples)
         by = (fingerprint, coder.preparation, coder.batch, split)
         names = [hashlib.sha256(repr((by, part.digest())).encode()).hexdigest()[:32] for part in parts]
         jobs[split] = [Job(part, work / f"part-{name}") for part, name in zip(parts, names, strict=True)]
@@ -378,12 +379,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="data set to be written; data.root is its parent")
     parser.add_argument("--accepted", type=Path, help="folder of the acceptance; AUTOENCODER/acceptance by default")
     add_preparation(parser)
-    parser.add_argument("--batch", type=int, default=16, help="samples that are encoded at once")
+    parser.add_argument("--batch", type=positive, default=16, help="samples that are encoded at once")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--part-samples", type=int, default=256, help="what a kill can cost: samples of a part")
-    parser.add_argument("--max-bad-samples", type=int, default=16, help="left out before the command stops")
-    parser.add_argument("--heldout-one-in", type=int, default=50, help="where MEDIA has no train/ and heldout/")
+    parser.add_argument("--processes", type=positive, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--part-samples", type=positive, default=256, help="what a kill can cost: samples of a part")
+    parser.add_argument("--max-bad-samples", type=natural, default=16, help="left out before the command stops")
+    parser.add_argument("--heldout-one-in", type=positive, default=50, help="where MEDIA has no train/ and heldout/")
     parser.add_argument("--licence", default="not stated", help="goes into the manifest")
     parser.add_argument("--attribution", default="not stated", help="goes into the manifest")
     return parser

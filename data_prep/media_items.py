@@ -64,8 +64,9 @@ class Item:
         """Captions with their languages, main one first. Raises DataError if there is none or it is no text."""
         known = self.known().get("texts")
         try:
-            if known:
-                return [{"lang": str(one["lang"]), "text": str(one["text"])} for one in known]
+            texts = [{"lang": str(one["lang"]), "text": str(one["text"])} for one in known or ()]
+            if said := [one for one in texts if one["text"].strip()]:
+                return said
             text = self.caption.read().decode().strip() if self.caption else ""
         except (UnicodeDecodeError, KeyError, TypeError) as error:
             raise DataError(f"captions must be UTF-8 text with a language each, got: {error!r}; repair them") from error
@@ -112,26 +113,52 @@ class Part:
         return hashlib.sha256(repr((self.suffixes, self.start, self.count, stats)).encode()).hexdigest()
 
 
-def parts_of(root: Path, *, suffixes: tuple[str, ...], samples: int) -> list[Part]:
+def parts_of(root: Path, *, suffixes: tuple[str, ...], samples: int, repeats: int | None = None) -> list[Part]:
     """Everything below a folder, at most `samples` a part: the tars' if there are any, else the files'.
 
-    Raises DataError if there is nothing.
+    Raises DataError if there is nothing, or more than `repeats` samples have the key of another.
     """
     if not root.is_dir():
         raise DataError(f"{root} must be a folder of media or of WebDataset tars, got none; change --data")
     tars = sorted(root.rglob("*.tar"))
-    parts = _parts_of_tars(tars, root=root, suffixes=suffixes, samples=samples)
+    keys = Keys(most=repeats)
+    parts = _parts_of_tars(tars, root=root, suffixes=suffixes, samples=samples, keys=keys)
     if not tars:
-        parts = _parts_of_files(root, suffixes=suffixes, samples=samples)
+        parts = _parts_of_files(root, suffixes=suffixes, samples=samples, keys=keys)
     if not parts:
         raise DataError(f"{root} must hold files of {', '.join(suffixes)} or tars of them, got none; change --data")
     return parts
 
 
-def _parts_of_tars(tars: Iterable[Path], *, root: Path, suffixes: tuple[str, ...], samples: int) -> list[Part]:
+class Keys:
+    """Those that were seen, and how often one was seen again: found here, before anything is encoded."""
+
+    def __init__(self, *, most: int | None) -> None:
+        self.most, self.repeats = most, 0
+        self._seen: set[str] = set()
+
+    def add(self, key: str) -> None:
+        """Raises DataError beyond the limit; without one nothing is kept."""
+        if self.most is None:
+            return
+        self.repeats += key in self._seen
+        self._seen.add(key)
+        if self.repeats > self.most:
+            raise DataError(
+                f"at most {self.most} samples may have the key of another, got {self.repeats}, the last {key}; rename "
+                "them (dots and slashes count as _), or set a higher --max-bad-samples"
+            )
+
+
+def _parts_of_tars(
+    tars: Iterable[Path], *, root: Path, suffixes: tuple[str, ...], samples: int, keys: Keys
+) -> list[Part]:
     parts = []
     for tar in tars:
-        starts = [next(group).header for _, group in groupby(_members(tar), key=lambda member: member.stem)]
+        starts = []
+        for stem, group in groupby(_members(tar), key=lambda member: member.stem):
+            keys.add(_plain(stem))
+            starts.append(next(group).header)
         parts += [
             Part(root, suffixes, count=min(samples, len(starts) - first), tar=tar, start=starts[first])
             for first in range(0, len(starts), samples)
@@ -139,7 +166,7 @@ def _parts_of_tars(tars: Iterable[Path], *, root: Path, suffixes: tuple[str, ...
     return parts
 
 
-def _parts_of_files(root: Path, *, suffixes: tuple[str, ...], samples: int) -> list[Part]:
+def _parts_of_files(root: Path, *, suffixes: tuple[str, ...], samples: int, keys: Keys) -> list[Part]:
     wanted = {*suffixes, ".txt", ".json"}
     files = sorted(
         (path for path in root.rglob("*") if path.suffix.lower() in wanted),
@@ -147,6 +174,8 @@ def _parts_of_files(root: Path, *, suffixes: tuple[str, ...], samples: int) -> l
     )
     groups = [tuple(group) for _, group in groupby(files, key=lambda path: _stem(path, root=root))]
     groups = [group for group in groups if any(path.suffix.lower() in suffixes for path in group)]
+    for group in groups:
+        keys.add(_plain(_stem(group[0], root=root)))
     return [
         Part(root, suffixes, count=len(chosen), files=tuple(path for group in chosen for path in group))
         for first in range(0, len(groups), samples)

@@ -32,7 +32,7 @@ from data_prep.save import save_whole
 from data_prep.speech import SAMPLE_RATE, all_prompts, spoken_names
 from matformer.autoencoders import Autoencoder, ConvolutionalAutoencoder
 from matformer.autoencoders.preparation import SUFFIXES, as_media
-from matformer.door import door
+from matformer.door import door, positive
 from matformer.errors import DataError
 
 log = logging.getLogger("data_prep.train_autoencoder")
@@ -206,13 +206,13 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--demo", type=Path, metavar="CACHE", help="the demo's pictures or sounds, from its downloads")
     parser.add_argument("--out", type=Path, required=True, help="folder of the autoencoder")
     parser.add_argument("--medium", choices=("image", "audio"), required=True)
-    parser.add_argument("--size", type=int, default=8, help="pixels of a cell's side; samples of a cell of sound")
-    parser.add_argument("--channels", type=int, default=32)
-    parser.add_argument("--width", type=int, default=96)
-    parser.add_argument("--blocks", type=int, default=3)
-    parser.add_argument("--sample-rate", type=int, default=SAMPLE_RATE)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--size", type=positive, default=8, help="pixels of a cell's side; samples of a cell of sound")
+    parser.add_argument("--channels", type=positive, default=32)
+    parser.add_argument("--width", type=positive, default=96)
+    parser.add_argument("--blocks", type=positive, default=3)
+    parser.add_argument("--sample-rate", type=positive, default=SAMPLE_RATE)
+    parser.add_argument("--steps", type=positive, default=300)
+    parser.add_argument("--batch", type=positive, default=32)
     parser.add_argument("--seed", type=int, default=0)
     add_preparation(parser, required=False)
     return parser

@@ -525,6 +525,54 @@ def test_an_output_among_the_media_is_refused(
     assert not (pictures / "deep").exists()
 
 
+@pytest.mark.parametrize(
+    "option",
+    ["--batch 0", "--part-samples 0", "--heldout-one-in 0", "--processes -1", "--max-bad-samples -1", "--fps 0"],
+)
+def test_sizes_that_are_none_are_refused_at_the_door(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    name, _ = option.split()
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path / "coder", tmp_path / "data", tmp_path / "out", *option.split())
+    assert ended.value.code == 2 and f"argument {name}: must be a" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        accept([*asked(tmp_path / "coder", tmp_path / "data", "4x4"), "--samples", "0"])
+    assert "argument --samples: must be a whole number of at least 1, got 0" in capsys.readouterr().err
+
+
+def test_a_caption_of_nothing_is_none(pictures: Path, tmp_path: Path) -> None:
+    coder = accepted(pca(tmp_path / "coder"), pictures)
+    (pictures / "s02.txt").unlink()
+    empty, said = {"lang": "en", "text": " "}, {"lang": "de", "text": "ein Bild"}
+    for name, texts in (("s01", [empty]), ("s02", [empty]), ("s03", [empty, said])):
+        (pictures / f"{name}.json").write_text(json.dumps({"texts": texts}))
+    assert run(coder, pictures, tmp_path / "out") == 0
+    (bad,) = json.loads((tmp_path / "out" / "bad_samples.json").read_bytes())
+    assert bad["key"] == "s02" and "must have a caption" in bad["reason"]
+    found = {key: facts["texts"] for key, (_, facts) in written(tmp_path / "out").items()}
+    assert found["s03"] == [said] and found["s01"] == [{"lang": "en", "text": "sample 1"}]  # its .txt
+
+
+@pytest.mark.parametrize("form", ["folder", "shard"])
+def test_keys_that_many_share_are_found_before_anything_is_encoded(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = write_files(tmp_path / "good", suffix=".png", of=picture)
+    coder, data = accepted(pca(tmp_path / "coder"), good), tmp_path / "data"
+    for name in ("a", "b"):
+        if form == "shard":
+            write_tar(data / name / "x.tar", suffix=".png", of=picture, count=8)
+        else:
+            write_files(data / ("a_a/b" if name == "a" else "a/a_b"), suffix=".png", of=picture, count=8)
+    monkeypatch.setattr(encode_part.PartEncoder, "encode", None)
+    assert run(coder, data, tmp_path / "out", "--max-bad-samples", "7") == 2
+    assert "at most 7 samples may have the key of another, got 8, the last" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert run(coder, data, tmp_path / "out", "--max-bad-samples", "8") == 0
+    assert len(json.loads((tmp_path / "out" / "bad_samples.json").read_bytes())) == 8
+
+
 def test_processes_that_the_system_kills_leave_parts_and_nothing_that_runs(project: Path, tmp_path: Path) -> None:
     data = write_files(tmp_path / "many", suffix=".png", of=picture, count=300)
     coder = accepted(pca(tmp_path / "coder"), data)
