@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -51,8 +50,8 @@ class Ready:
 
     number: int
     item: Item
-    texts: list[dict[str, str]]
-    known: dict[str, Any]
+    text: bytes
+    facts: bytes
     bucket: int
     array: np.ndarray
     moments: np.ndarray | None = None
@@ -112,9 +111,9 @@ class PartEncoder:
             try:
                 if item.media is None:
                     raise DataError("a sample must have a medium in a whole shard, got none; copy the shard again")
-                texts, known = item.texts(), item.known()
                 bucket, array = self.coder.preparation.read(item.media.read(), suffix=item.suffix)
-                found.append((item, Ready(number, item, texts, known, bucket, array)))
+                text, facts = self._described(item, bucket=bucket)
+                found.append((item, Ready(number, item, text, facts, bucket, array)))
             except DataError as error:
                 found.append((item, error))
         return found
@@ -159,17 +158,24 @@ class PartEncoder:
                     ready.item.key,
                     {
                         "moments.npy": npy(ready.moments),
-                        "txt": ready.texts[0]["text"].encode(),
-                        "json": json.dumps(self._described(ready), ensure_ascii=False).encode(),
+                        "txt": ready.text,
+                        "json": ready.facts,
                     },
                 )
 
-    def _described(self, ready: Ready) -> dict[str, Any]:
-        """As the demo's pairs are; a sample of which nothing is known is a concept of its own."""
-        key, known = ready.item.key, ready.known
-        bucket = list(self.coder.preparation.buckets[ready.bucket])
-        given = {name: str(known.get(name, default)) for name, default in (
-            ("concept", key), ("base", key), ("style", "unknown"), ("group", "unknown"), ("source", ready.item.shard),
-        )}  # fmt: skip
-        cells = {"bucket": bucket, "length": int(np.prod(bucket))}
-        return {"modality": self.coder.preparation.modality, "key": key, **given, **cells, "texts": ready.texts}
+    def _described(self, item: Item, *, bucket: int) -> tuple[bytes, bytes]:
+        """Caption, and JSON as of the demo's pairs; a sample of which nothing is known is a concept of its own.
+
+        Raises DataError where what stands beside the medium is missing, or no text.
+        """
+        texts, known, grid = item.texts(), item.known(), list(self.coder.preparation.buckets[bucket])
+        try:
+            given = {name: str(known.get(name, default)) for name, default in (
+                ("concept", item.key), ("base", item.key), ("style", "unknown"), ("group", "unknown"),
+                ("source", item.shard),
+            )}  # fmt: skip
+            cells = {"bucket": grid, "length": int(np.prod(grid))}
+            facts = {"modality": self.coder.preparation.modality, "key": item.key, **given, **cells, "texts": texts}
+            return texts[0]["text"].encode(), json.dumps(facts, ensure_ascii=False).encode()
+        except (UnicodeEncodeError, RecursionError) as error:  # JSON may hold half an emoji
+            raise DataError(f"the .json of a sample must hold text, got: {error!r}; repair it") from error

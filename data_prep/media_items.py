@@ -33,8 +33,8 @@ class Place:
             with self.path.open("rb") as file:
                 file.seek(self.offset)
                 data = file.read() if self.size is None else file.read(self.size)
-        except OSError as error:
-            raise DataError(f"{self.path} must be readable, got: {error}; repair it") from error
+        except (OSError, MemoryError, OverflowError) as error:  # a damaged header of a tar may claim any size
+            raise DataError(f"{self.path} must be readable, got: {error!r}; repair it") from error
         if self.size is not None and len(data) < self.size:
             raise DataError(f"{self.path} must hold {self.size} bytes at {self.offset}, got {len(data)}; copy it again")
         return data
@@ -80,8 +80,8 @@ class Item:
             return {}
         try:
             known = json.loads(self.facts.read())
-        except ValueError as error:
-            raise DataError(f"the .json of a sample must hold JSON, got: {error}; repair it") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"the .json of a sample must hold JSON, got: {error!r}; repair it") from error
         if not isinstance(known, dict):
             raise DataError(f"the .json of a sample must hold an object, got {type(known).__name__}; repair it")
         return known
@@ -189,7 +189,12 @@ def _stem(path: Path, *, root: Path) -> str:
 
 def _plain(name: str) -> str:
     """WebDataset splits names at dots and slashes."""
-    return re.sub(r"[./]", "_", name.strip("./")) or "unnamed"
+    return re.sub(r"[./]", "_", _printable(name).strip("./")) or "unnamed"
+
+
+def _printable(name: str) -> str:
+    """Bytes of a file's name that are no UTF-8, which Python keeps as lone surrogates, spelt out."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:
@@ -231,6 +236,6 @@ def _items(members: Iterable[Member], *, part: Part) -> Iterator[Item]:
     for stem, group in groupby(members, key=lambda member: member.stem):
         named = {Path(member.ending).suffix.lower() or member.ending.lower(): member.place for member in group}
         suffix = next((one for one in part.suffixes if one in named), "")
-        shard = str(part.tar if part.tar else part.root)
+        shard = _printable(str(part.tar if part.tar else part.root))
         media = named[suffix] if suffix else None
         yield Item(_plain(stem), shard, suffix, media, caption=named.get(".txt"), facts=named.get(".json"))

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from matformer.autoencoders.damage import DAMAGE
 from matformer.autoencoders.motion_field import DX, DY, INTRA, MACROBLOCK, STEP
-from matformer.autoencoders.video_frames import require_av
+from matformer.autoencoders.video_frames import open_video, require_av
 from matformer.errors import DataError
 
 X264 = "bframes=0:ref=1:partitions=none:weightp=0:keyint=infinite:scenecut=0:me=umh:merange=32:subme=7:threads=1"
@@ -54,7 +55,7 @@ def decoded(data: bytes) -> Iterator[Moved]:
     """Frames of an H.264 file with their fields. Raises DataError where it is damaged, or has B-frames."""
     av = require_av()
     try:
-        with av.open(io.BytesIO(data)) as container:
+        with open_video(data) as container:
             stream: Any = container.streams.video[0]
             stream.codec_context.options = {"flags2": "+export_mvs"}
             for frame in container.decode(stream):
@@ -63,8 +64,8 @@ def decoded(data: bytes) -> Iterator[Moved]:
                         "a video must have no B-frames, because a field leads from the frame before; encode it again"
                     )
                 yield Moved(frame.to_ndarray(format="rgb24"), _field(frame))
-    except (av.FFmpegError, IndexError) as error:  # IndexError: no stream of pictures in it
-        raise DataError(f"a video must be a whole file that FFmpeg opens, got: {error}; repair or remove it") from error
+    except (av.FFmpegError, *DAMAGE) as error:
+        raise DataError(f"a video must be a whole file that FFmpeg opens, got: {error!r}; repair it") from error
 
 
 def field_of(vectors: np.ndarray, *, grid: tuple[int, int]) -> Float[np.ndarray, "3 y x"]:
@@ -103,12 +104,12 @@ def read_film(data: bytes) -> tuple[list[UInt8[np.ndarray, "y x 3"]], float, boo
     """
     av = require_av()
     try:
-        with av.open(io.BytesIO(data)) as container:
+        with open_video(data) as container:
             stream = container.streams.video[0]
             fps, foreign = float(stream.average_rate or 25), stream.codec_context.name != "h264"
             read = [(int(frame.pict_type), frame.to_ndarray(format="rgb24")) for frame in container.decode(stream)]
-    except (av.FFmpegError, IndexError) as error:  # IndexError: no stream of pictures in it
-        raise DataError(f"a video must be a whole file that FFmpeg opens, got: {error}; repair or remove it") from error
+    except (av.FFmpegError, *DAMAGE) as error:
+        raise DataError(f"a video must be a whole file that FFmpeg opens, got: {error!r}; repair it") from error
     if not read:
         raise DataError("a video must hold frames, got none; bring another")
     return [frame for _, frame in read], fps, foreign or any(kind == B_FRAME for kind, _ in read)

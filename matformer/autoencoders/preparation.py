@@ -15,10 +15,11 @@ import numpy as np
 import soundfile
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from matformer.autoencoders.base import Autoencoder
+from matformer.autoencoders.damage import DAMAGE
 from matformer.autoencoders.sound import SILENCE, levelled, resampled, trimmed
 from matformer.autoencoders.video_frames import frames_of
 from matformer.errors import DataError
@@ -33,6 +34,8 @@ SUFFIXES = {
 }
 """The files that are taken for media of a modality, the one that samples are written as first; `.npy` is an array
 [c, *axes] that is ready to be encoded."""
+RATES = (1000, 768_000)
+"""Hz that a sound's file may have."""
 OPTIONS = {"buckets": "--buckets", "fit": "--fit", "level": "--level", "fps": "--fps"}
 """Fields of a Preparation and the options of data_prep that set them."""
 
@@ -97,19 +100,20 @@ class Preparation:
 
     def read(self, data: bytes, *, suffix: str) -> tuple[int, np.ndarray]:
         """(bucket, array [c, *axes]): uint8 of pictures and video, float32 else. Raises DataError."""
-        if suffix == ".npy" or self.modality == "tensor":
-            return self._array(data)
-        if self.modality == "audio":
-            return self._sound(data)
-        if self.modality == "video":
-            return self._video(data)
-        return self._picture(data)
+        kind = "tensor" if suffix == ".npy" else self.modality
+        reading = {"tensor": self._array, "audio": self._sound, "video": self._video}.get(kind, self._picture)
+        try:
+            return reading(data)
+        except MemoryError as error:
+            raise DataError(
+                f"a medium must fit into memory, got one of {len(data)} bytes that does not; leave it out"
+            ) from error
 
     def _array(self, data: bytes) -> tuple[int, np.ndarray]:
         try:
-            array = np.load(io.BytesIO(data), allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"an array must be a whole .npy file, got: {error}; repair it or leave it out") from error
+            array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+        except DAMAGE as error:
+            raise DataError(f"an array must be a whole .npy file, got: {error!r}; repair it or leave it out") from error
         real = array.dtype.kind in "fiub"
         if not real or array.ndim == 0 or len(array) != self.channels or array.shape[1:] not in self.axes:
             raise DataError(
@@ -123,10 +127,9 @@ class Preparation:
             with Image.open(io.BytesIO(data)) as file:
                 ImageOps.exif_transpose(file, in_place=True)  # as a viewer turns it
                 drawing = file.convert("RGB" if file.mode in ("RGB", "L", "CMYK", "YCbCr") else "RGBA")
-        # a damaged PNG raises SyntaxError, damaged sizes ValueError
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+        except DAMAGE as error:
             raise DataError(
-                f"a picture must be a whole file that pillow opens, got: {error}; repair it or leave it out"
+                f"a picture must be a whole file that pillow opens, got: {error!r}; repair it or leave it out"
             ) from error
         bucket = self._nearest(drawing.size, sides=self.axes)
         return bucket, _channels_first(self._fitted(drawing, sides=self.axes[bucket]))
@@ -148,10 +151,12 @@ class Preparation:
         assert self.sample_rate is not None
         try:
             wave, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
-        except (OSError, soundfile.LibsndfileError) as error:
+        except DAMAGE as error:
             raise DataError(
-                f"a sound must be a whole file that libsndfile opens, got: {error}; repair it or leave it out"
+                f"a sound must be a whole file that libsndfile opens, got: {error!r}; repair it or leave it out"
             ) from error
+        if not RATES[0] <= rate <= RATES[1]:  # a damaged header would ask for any length at another rate
+            raise DataError(f"a sound must have a rate within {RATES} Hz, got {rate}; repair it or leave it out")
         mixed = [wave.mean(1)] if self.channels == 1 or wave.shape[1] == 1 else list(wave.T[: self.channels])
         channels = [resampled(channel, rate=rate, to=self.sample_rate) for channel in mixed if len(channel)]
         # asked of what is left: opposite sides cancel, and tones above half the rate are gone

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from matformer.autoencoders.damage import DAMAGE
 from matformer.errors import DataError
 
 
@@ -18,12 +19,12 @@ def frames_of(data: bytes, *, fps: float, most: int) -> list[np.ndarray]:
     """
     av = require_av()
     try:
-        with av.open(io.BytesIO(data), "r") as container:
+        with open_video(data) as container:
             shown = ((frame.time, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0))
             return list(_sampled(shown, fps=fps, most=most))
-    except (av.FFmpegError, IndexError) as error:  # IndexError: no stream of pictures in it
+    except (av.FFmpegError, *DAMAGE) as error:
         raise DataError(
-            f"a video must be a whole file that FFmpeg opens, got: {error}; repair it or leave it out"
+            f"a video must be a whole file that FFmpeg opens, got: {error!r}; repair it or leave it out"
         ) from error
 
 
@@ -41,6 +42,11 @@ def _sampled(shown: Iterator[tuple[float | None, np.ndarray]], *, fps: float, mo
             return
     if last is not None and given < most:
         yield last
+
+
+def open_video(data: bytes) -> Any:  # noqa: ANN401
+    """PyAV's container of a file in memory; its title and the like need not be UTF-8. Raises what PyAV does."""
+    return require_av().open(io.BytesIO(data), "r", metadata_errors="replace")
 
 
 def require_av() -> Any:  # noqa: ANN401

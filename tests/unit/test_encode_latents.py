@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import subprocess
 import sys
 import tarfile
@@ -388,6 +389,37 @@ def test_arrays_of_any_range_are_measured_by_their_own_variance(
     assert found["snr_db"] == pytest.approx(10 * np.log10(found["variance"] / found["error"])) and found["snr_db"] < 20
     assert accept([*asked(coder, data, "4x4"), "--min-snr", "97"]) == 2
     assert "snr_db 96.000 where min. 97" in capsys.readouterr().err
+
+
+def test_what_python_cannot_write_or_read_is_named_counted_and_skipped(pictures: Path, tmp_path: Path) -> None:
+    coder = accepted(pca(tmp_path / "coder"), pictures)
+    half = b'{"texts": [{"lang": "en", "text": "half an emoji \\ud83d"}]}'
+    deep, base = b"[" * 100_000, b'{"base": "\\ud83d"}'
+    for name, facts in (("s01", half), ("s02", deep), ("s03", base)):
+        (pictures / f"{name}.json").write_bytes(facts)
+    with (pictures / "s04.npy").open("wb") as file:
+        np.savez(file, np.zeros(3))
+    (pictures / "s04.png").unlink()
+    latin = os.fsencode(pictures) + b"/caf\xe9"
+    for suffix in (".png", ".txt"):
+        os.rename(pictures / f"s05{suffix}", latin + suffix.encode())
+    assert run(coder, pictures, tmp_path / "out") == 0
+    bad = {one["key"]: one["reason"] for one in json.loads((tmp_path / "out" / "bad_samples.json").read_bytes())}
+    reasons = {"s01": "must hold text", "s02": "must hold JSON", "s03": "must hold text", "s04": "whole .npy file"}
+    assert sorted(bad) == sorted(reasons) and all(reasons[key] in reason for key, reason in bad.items())
+    found = written(tmp_path / "out")
+    assert len(found) == COUNT - len(reasons) and "caf\\udce9" in found  # a good sample under an odd name
+
+
+def test_a_tar_whose_name_is_no_utf8_is_read_and_its_bad_samples_named(tmp_path: Path) -> None:
+    good = write_tar(tmp_path / "good" / "a.tar", suffix=".png", of=picture)
+    coder = accepted(pca(tmp_path / "coder"), good)
+    data = write_tar(tmp_path / "tars" / "a.tar", suffix=".png", of=lambda i: picture(i)[: 99 if i == 3 else None])
+    os.rename(data / "a.tar", os.fsencode(data) + b"/\xe9.tar")
+    assert run(coder, data, tmp_path / "out") == 0
+    (bad,) = json.loads((tmp_path / "out" / "bad_samples.json").read_bytes())
+    assert bad["key"] == "t03" and bad["shard"].endswith("\\udce9.tar")
+    assert {facts["source"] for _, facts in written(tmp_path / "out").values()} == {bad["shard"]}
 
 
 def test_a_silent_sound_is_bad(tmp_path: Path) -> None:

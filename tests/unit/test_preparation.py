@@ -1,0 +1,118 @@
+"""Bytes of media -> arrays: whatever a file holds, it is an array or one sentence."""
+
+from __future__ import annotations
+
+import io
+import struct
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from matformer.autoencoders import MDCTPCA, PatchPCA
+from matformer.autoencoders.preparation import Preparation
+from matformer.autoencoders.video_frames import frames_of
+from matformer.errors import DataError
+
+RATE = 8000
+PICTURES = Preparation.of(PatchPCA(factor=8, channels=4), buckets=[(4, 4)])
+SOUNDS = Preparation.of(MDCTPCA(hop=160, channels=8, sample_rate=RATE), buckets=[(32,)])
+
+
+def encoded(drawing: Image.Image, form: str = "png", **options: object) -> bytes:
+    stream = io.BytesIO()
+    drawing.save(stream, format=form, **options)
+    return stream.getvalue()
+
+
+def wav(wave: np.ndarray, *, rate: int = RATE) -> bytes:
+    stream = io.BytesIO()
+    soundfile.write(stream, wave, rate, format="WAV", subtype="PCM_16")
+    return stream.getvalue()
+
+
+def tone(samples: int = 2000) -> np.ndarray:
+    return 0.3 * np.sin(np.arange(samples) * 0.3)
+
+
+def npy(header: str) -> bytes:
+    """An array file with this header and no numbers."""
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode()
+
+
+def exif(*entries: tuple[int, int, int, int]) -> bytes:
+    """Of (tag, type, count, value)."""
+    packed = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + packed + bytes(4)
+
+
+def zipped() -> bytes:
+    stream = io.BytesIO()
+    np.savez(stream, np.zeros((3, 32, 32), np.float32))
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (3, 32",
+        "{3: 4, 'descr': '<f4', 'fortran_order': False, 'shape': (3, 32, 32)}",
+        "{'descr': [3, 4], 'fortran_order': False, 'shape': (3, 32, 32)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (3, 1099511627776, 1099511627776)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (3, 1048576, 1048576)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (-3, 32, 32)}",
+        "(" * 5000,
+    ],
+)
+def test_an_array_with_a_damaged_header_is_one_sentence(header: str) -> None:
+    with pytest.raises(DataError, match=r"must be a whole \.npy file"):
+        PICTURES.read(npy(header), suffix=".npy")
+
+
+@pytest.mark.parametrize("data", [zipped(), zipped()[:1000], b"", b"PK"], ids=["npz", "half", "empty", "PK"])
+def test_what_is_named_npy_and_is_none_is_one_sentence(data: bytes) -> None:
+    with pytest.raises(DataError, match=r"must be a whole \.npy file"):
+        PICTURES.read(data, suffix=".npy")
+
+
+def test_a_picture_with_damaged_exif_is_one_sentence() -> None:
+    turned, unit_in_words = (0x0112, 3, 1, 6), (0x0128, 2, 4, 0x616161)
+    drawing = Image.new("RGB", (32, 32), (9, 9, 9))
+    assert PICTURES.read(encoded(drawing, "jpeg", exif=exif(turned)), suffix=".jpg")[0] == 0
+    with pytest.raises(DataError, match="must be a whole file that pillow opens, got: error"):
+        PICTURES.read(encoded(drawing, "jpeg", exif=exif(turned, unit_in_words)), suffix=".jpg")
+
+
+def test_what_does_not_fit_into_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("matformer.autoencoders.preparation.resampled", none_left)
+    with pytest.raises(DataError, match="must fit into memory, got one of 4044 bytes"):
+        SOUNDS.read(wav(tone(), rate=16000), suffix=".wav")
+    monkeypatch.setattr(Image, "open", none_left)
+    with pytest.raises(DataError, match="that pillow opens, got: MemoryError"):
+        PICTURES.read(b"", suffix=".gif")
+
+
+@pytest.mark.parametrize("rate", [1, 999, 1_000_003, 1_744_918_665])
+def test_a_sound_at_a_rate_that_is_none_is_one_sentence(rate: int) -> None:
+    data = bytearray(wav(tone()))
+    data[24:28] = struct.pack("<I", rate)
+    with pytest.raises(DataError, match="must have a rate within"):
+        SOUNDS.read(bytes(data), suffix=".wav")
+
+
+def test_a_video_may_have_a_title_that_is_no_utf8() -> None:
+    av = pytest.importorskip("av")
+    stream = io.BytesIO()
+    with av.open(stream, "w", format="matroska") as container:
+        container.metadata["title"] = "titel"
+        track = container.add_stream("mpeg4", rate=8)
+        track.width, track.height, track.pix_fmt = 32, 32, "yuv420p"
+        for _ in range(3):
+            container.mux(track.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
+        container.mux(track.encode())
+    data = stream.getvalue().replace(b"titel", b"tit\xe9l")
+    assert b"tit\xe9l" in data and len(frames_of(data, fps=8, most=9)) == 3
