@@ -126,7 +126,7 @@ class Preparation:
         try:
             with Image.open(io.BytesIO(data)) as file:
                 ImageOps.exif_transpose(file, in_place=True)  # as a viewer turns it
-                drawing = file.convert("RGB" if file.mode in ("RGB", "L", "CMYK", "YCbCr") else "RGBA")
+                drawing = _eight_bits(file)
         except DAMAGE as error:
             raise DataError(
                 f"a picture must be a whole file that pillow opens, got: {error!r}; repair it or leave it out"
@@ -222,6 +222,19 @@ def _change(keys: Mapping[str, str], *fields: str) -> str:
     """What a person can do about `fields`."""
     named = [keys[name] for name in fields if name in keys]
     return f"change {' or '.join(named)}" if named else "prepare the data again"
+
+
+def _eight_bits(file: Image.Image) -> Image.Image:
+    """RGB, or RGBA where something may be transparent. Raises DataError where values have no known range."""
+    if file.mode in ("I", "F"):
+        raise DataError(
+            f"a picture must have 8 or 16 bits a channel, got pillow's mode {file.mode}, whose white is not known; "
+            "convert it or leave it out"
+        )
+    if file.mode.startswith("I;16"):  # pillow's own conversion takes 255 for white
+        shades = np.asarray(file).astype(np.uint32)
+        return Image.fromarray(((shades + 128) // 257).astype(np.uint8)).convert("RGB")
+    return file.convert("RGB" if file.mode in ("RGB", "L", "CMYK", "YCbCr") else "RGBA")
 
 
 def _on_white(drawing: Image.Image, *, canvas: tuple[int, int]) -> Image.Image:

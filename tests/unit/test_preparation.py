@@ -84,6 +84,19 @@ def test_a_picture_with_damaged_exif_is_one_sentence() -> None:
         PICTURES.read(encoded(drawing, "jpeg", exif=exif(turned, unit_in_words)), suffix=".jpg")
 
 
+@pytest.mark.parametrize("form", ["png", "tiff"])
+def test_sixteen_bits_become_the_nearest_of_eight(form: str) -> None:
+    shades = np.linspace(0, 65535, 1024).round().astype(np.uint16).reshape(32, 32)
+    _, array = PICTURES.read(encoded(Image.fromarray(shades), form), suffix=f".{form}")
+    assert np.array_equal(array, np.broadcast_to(np.round(shades / 257).astype(np.uint8), (3, 32, 32)))
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_a_picture_whose_white_is_not_known_is_one_sentence(mode: str) -> None:
+    with pytest.raises(DataError, match=f"must have 8 or 16 bits a channel, got pillow's mode {mode}"):
+        PICTURES.read(encoded(Image.new(mode, (32, 32), 70), "tiff"), suffix=".tif")
+
+
 def test_what_does_not_fit_into_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def none_left(*_: object, **__: object) -> None:
         raise MemoryError
