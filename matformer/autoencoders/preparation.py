@@ -36,6 +36,9 @@ SUFFIXES = {
 [c, *axes] that is ready to be encoded."""
 RATES = (1000, 768_000)
 """Hz that a sound's file may have."""
+WHITE = (255, 255, 255)
+CANVAS_PIXELS = 1 << 22
+"""Most that are held at once of the white canvas around a picture."""
 OPTIONS = {"buckets": "--buckets", "fit": "--fit", "level": "--level", "fps": "--fps"}
 """Fields of a Preparation and the options of data_prep that set them."""
 
@@ -199,8 +202,7 @@ class Preparation:
         if self.fit == "exact" or (width, height) == (columns, rows):
             return _on_white(drawing, canvas=drawing.size)
         if self.fit == "pad":
-            canvas = max(width, -(-height * columns // rows)), max(height, -(-width * rows // columns))
-            return _on_white(drawing, canvas=canvas).resize((columns, rows), Image.Resampling.LANCZOS)
+            return _padded(drawing, sides=sides)
         scale = min(width / columns, height / rows)
         across, down = columns * scale, rows * scale
         left, top = (width - across) / 2, (height - down) / 2
@@ -237,10 +239,29 @@ def _eight_bits(file: Image.Image) -> Image.Image:
     return file.convert("RGB" if file.mode in ("RGB", "L", "CMYK", "YCbCr") else "RGBA")
 
 
+def _padded(drawing: Image.Image, *, sides: Sequence[int]) -> Image.Image:
+    """Centred on a white canvas of the sides' proportion, and that resized: bit for bit, without ever making it.
+
+    The canvas of a long and flat picture would be as high as that is long. Pillow resizes lines first, which stand each
+    for itself, then columns, and rounds in between: so do these two calls.
+    """
+    rows, columns = sides
+    width, height = drawing.size
+    across, down = max(width, -(-height * columns // rows)), max(height, -(-width * rows // columns))
+    narrow = Image.new("RGB", (columns, down), WHITE)
+    lines = max(1, CANVAS_PIXELS // across)
+    for first in range(0, height, lines):
+        strip = drawing.crop((0, first, width, min(first + lines, height)))
+        wide = _on_white(strip, canvas=(across, strip.height))
+        resized = wide.resize((columns, strip.height), Image.Resampling.LANCZOS)
+        narrow.paste(resized, (0, (down - height) // 2 + first))
+    return narrow.resize((columns, rows), Image.Resampling.LANCZOS)
+
+
 def _on_white(drawing: Image.Image, *, canvas: tuple[int, int]) -> Image.Image:
     if drawing.mode == "RGB" and drawing.size == canvas:
         return drawing
-    white = Image.new("RGB", canvas, (255, 255, 255))
+    white = Image.new("RGB", canvas, WHITE)
     corner = ((canvas[0] - drawing.width) // 2, (canvas[1] - drawing.height) // 2)
     white.paste(drawing, corner, drawing if drawing.mode == "RGBA" else None)
     return white

@@ -10,7 +10,7 @@ import pytest
 import soundfile
 from PIL import Image
 
-from matformer.autoencoders import MDCTPCA, PatchPCA
+from matformer.autoencoders import MDCTPCA, PatchPCA, preparation
 from matformer.autoencoders.preparation import Preparation
 from matformer.autoencoders.video_frames import frames_of
 from matformer.errors import DataError
@@ -95,6 +95,40 @@ def test_sixteen_bits_become_the_nearest_of_eight(form: str) -> None:
 def test_a_picture_whose_white_is_not_known_is_one_sentence(mode: str) -> None:
     with pytest.raises(DataError, match=f"must have 8 or 16 bits a channel, got pillow's mode {mode}"):
         PICTURES.read(encoded(Image.new(mode, (32, 32), 70), "tiff"), suffix=".tif")
+
+
+@pytest.mark.parametrize("bucket", [(4, 4), (2, 6), (5, 3)])
+@pytest.mark.parametrize("pixels", [1 << 22, 1000])
+def test_padding_is_bit_for_bit_the_whole_canvas_resized(
+    bucket: tuple[int, int], pixels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparation, "CANVAS_PIXELS", pixels)
+    made = Preparation.of(PatchPCA(factor=8, channels=4), buckets=[bucket])
+    rows, columns = 8 * bucket[0], 8 * bucket[1]
+    for width, height in ((90, 41), (41, 90), (64, 64), (32, 7), (7, 32), (33, 32), (1, 1), (300, 200), (500, 3)):
+        colours = np.random.default_rng(width).integers(0, 256, (height, width, 4), dtype=np.uint8)
+        drawing = Image.fromarray(colours)
+        canvas = max(width, -(-height * columns // rows)), max(height, -(-width * rows // columns))
+        white = Image.new("RGB", canvas, (255, 255, 255))
+        white.paste(drawing, ((canvas[0] - width) // 2, (canvas[1] - height) // 2), drawing)
+        expected = np.asarray(white.resize((columns, rows), Image.Resampling.LANCZOS))
+        assert np.array_equal(made.read(encoded(drawing), suffix=".png")[1], expected.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("size", [(40_000, 10), (10, 40_000)])
+def test_a_long_flat_picture_is_padded_in_little_memory(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    new = Image.new
+
+    def counted(mode: str, size: tuple[int, int], *more: tuple[int, int, int]) -> Image.Image:
+        made.append(size[0] * size[1])
+        return new(mode, size, *more)
+
+    data = encoded(Image.new("RGB", size, (9, 9, 9)))
+    monkeypatch.setattr(Image, "new", counted)
+    _, array = PICTURES.read(data, suffix=".png")
+    assert (array[:, 15:17, 15:17] < 255).any() and (array[:, 0, 0] == 255).all()
+    assert 0 < max(made) <= preparation.CANVAS_PIXELS
 
 
 def test_what_does_not_fit_into_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
