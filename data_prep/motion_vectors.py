@@ -15,7 +15,7 @@ from jaxtyping import Float, UInt8
 
 from matformer.autoencoders.damage import DAMAGE
 from matformer.autoencoders.motion_field import DX, DY, INTRA, MACROBLOCK, STEP
-from matformer.autoencoders.video_frames import open_video, require_av
+from matformer.autoencoders.video_frames import open_video, require_av, upright
 from matformer.errors import DataError
 
 X264 = "bframes=0:ref=1:partitions=none:weightp=0:keyint=infinite:scenecut=0:me=umh:merange=32:subme=7:threads=1"
@@ -98,7 +98,7 @@ def _field(frame: Any) -> Float[np.ndarray, "3 y x"] | None:  # noqa: ANN401
 
 
 def read_film(data: bytes) -> tuple[list[UInt8[np.ndarray, "y x 3"]], float, bool]:
-    """All frames, frames a second, and whether fields cannot be had from the file itself: B-frames, or not H.264.
+    """All frames, frames a second, and whether fields cannot be had from the file: B-frames, turned, or not H.264.
 
     Raises DataError if it is damaged.
     """
@@ -107,9 +107,12 @@ def read_film(data: bytes) -> tuple[list[UInt8[np.ndarray, "y x 3"]], float, boo
         with open_video(data) as container:
             stream = container.streams.video[0]
             fps, foreign = float(stream.average_rate or 25), stream.codec_context.name != "h264"
-            read = [(int(frame.pict_type), frame.to_ndarray(format="rgb24")) for frame in container.decode(stream)]
+            read = [
+                (upright(frame), int(frame.pict_type) == B_FRAME or frame.rotation != 0)
+                for frame in container.decode(stream)
+            ]
     except (av.FFmpegError, *DAMAGE) as error:
         raise DataError(f"a video must be a whole file that FFmpeg opens, got: {error!r}; repair it") from error
     if not read:
         raise DataError("a video must hold frames, got none; bring another")
-    return [frame for _, frame in read], fps, foreign or any(kind == B_FRAME for kind, _ in read)
+    return [frame for frame, _ in read], fps, foreign or any(other for _, other in read)

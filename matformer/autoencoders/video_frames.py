@@ -13,14 +13,14 @@ from matformer.errors import DataError
 
 
 def frames_of(data: bytes, *, fps: float, most: int) -> list[np.ndarray]:
-    """RGB frames [y, x, 3] at `fps` a second, each the one that is shown at its time; at most `most`.
+    """RGB frames [y, x, 3] at `fps` a second, each the one that is shown at its time, upright; at most `most`.
 
     Raises DataError where the file is damaged, or PyAV is missing.
     """
     av = require_av()
     try:
         with open_video(data) as container:
-            shown = ((frame.time, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0))
+            shown = ((frame.time, upright(frame)) for frame in container.decode(video=0))
             return list(_sampled(shown, fps=fps, most=most))
     except (av.FFmpegError, *DAMAGE) as error:
         raise DataError(
@@ -42,6 +42,11 @@ def _sampled(shown: Iterator[tuple[float | None, np.ndarray]], *, fps: float, mo
             return
     if last is not None and given < most:
         yield last
+
+
+def upright(frame: Any) -> np.ndarray:  # noqa: ANN401
+    """RGB [y, x, 3] of PyAV's frame, turned as a player turns it: telephones store what they saw as it lay."""
+    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
 
 
 def open_video(data: bytes) -> Any:  # noqa: ANN401

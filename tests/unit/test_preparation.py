@@ -10,7 +10,8 @@ import pytest
 import soundfile
 from PIL import Image
 
-from matformer.autoencoders import MDCTPCA, PatchPCA, preparation
+from data_prep.motion_vectors import read_film
+from matformer.autoencoders import MDCTPCA, ClipPCA, PatchPCA, preparation
 from matformer.autoencoders.preparation import Preparation
 from matformer.autoencoders.video_frames import frames_of
 from matformer.errors import DataError
@@ -149,6 +150,52 @@ def test_a_sound_at_a_rate_that_is_none_is_one_sentence(rate: int) -> None:
     data[24:28] = struct.pack("<I", rate)
     with pytest.raises(DataError, match="must have a rate within"):
         SOUNDS.read(bytes(data), suffix=".wav")
+
+
+TURNS = {0: (1, 0, 0, 1), 90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}
+"""Degrees clockwise that a player turns a video by -> a, b, c, d of QuickTime's matrix: x' = ax + cy, y' = bx + dy."""
+
+
+def film(*, clockwise: int) -> bytes:
+    """48 x 32 pixels, stored with the left third red; the track's matrix says how it is held."""
+    av = pytest.importorskip("av")
+    stream, frame = io.BytesIO(), np.zeros((32, 48, 3), np.uint8)
+    frame[:, :16] = (255, 0, 0)
+    with av.open(stream, "w", format="mp4") as container:
+        track = container.add_stream("mpeg4", rate=8)
+        track.width, track.height, track.pix_fmt = 48, 32, "yuv420p"
+        for _ in range(8):
+            container.mux(track.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(track.encode())
+    data = bytearray(stream.getvalue())
+    a, b, c, d = (value << 16 for value in TURNS[clockwise])
+    start = data.index(b"tkhd") + 44  # version, times, number, duration, layer, group, volume come before
+    assert struct.unpack_from(">9i", data, start) == (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    struct.pack_into(">9i", data, start, a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("clockwise", "red", "blank"),
+    [
+        (0, np.s_[:, :12], np.s_[:, 20:]),
+        (90, np.s_[:12, :], np.s_[20:, :]),  # what was left is now above
+        (180, np.s_[:, 36:], np.s_[:, :28]),
+        (270, np.s_[36:, :], np.s_[:28, :]),
+    ],
+)
+def test_a_video_stands_as_its_camera_was_held(
+    clockwise: int, red: tuple[slice, ...], blank: tuple[slice, ...]
+) -> None:
+    data = film(clockwise=clockwise)
+    size = (32, 48) if clockwise % 180 == 0 else (48, 32)
+    read, _, foreign = read_film(data)
+    for frame in (frames_of(data, fps=8, most=1)[0], read[0]):
+        assert frame.shape == (*size, 3)
+        assert frame[red][..., 0].mean() > 200 and frame[blank].mean() < 40
+    made = Preparation.of(ClipPCA(frames=2, factor=8, channels=4), buckets=[(2, 6, 4), (2, 4, 6)])
+    assert made.buckets[made.read(data, suffix=".mp4")[0]][1:] == tuple(side // 8 for side in size)
+    assert foreign  # MPEG-4 part 2
 
 
 def test_a_video_may_have_a_title_that_is_no_utf8() -> None:
