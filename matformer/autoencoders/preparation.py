@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -36,6 +37,8 @@ SUFFIXES = {
 [c, *axes] that is ready to be encoded."""
 RATES = (1000, 768_000)
 """Hz that a sound's file may have."""
+STREAM_BYTES = 0x7FFF_F000
+"""From this size on a sound's header means that nobody knew: FFmpeg writes 0xFFFFFFFF, SoX 0x7FFFF024."""
 WHITE = (255, 255, 255)
 CANVAS_PIXELS = 1 << 22
 """Most that are held at once of the white canvas around a picture."""
@@ -152,6 +155,10 @@ class Preparation:
 
     def _sound(self, data: bytes) -> tuple[int, np.ndarray]:
         assert self.sample_rate is not None
+        if (missing := _missing_bytes(data)) > 0:  # libsndfile takes what there is
+            raise DataError(
+                f"a sound must be as long as its header says, got {missing} bytes less; copy it again or leave it out"
+            )
         try:
             wave, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
         except DAMAGE as error:
@@ -208,6 +215,18 @@ class Preparation:
         left, top = (width - across) / 2, (height - down) / 2
         box = (left, top, left + across, top + down)
         return _on_white(drawing, canvas=drawing.size).resize((columns, rows), Image.Resampling.LANCZOS, box=box)
+
+
+def _missing_bytes(data: bytes) -> int:
+    """What a WAV or AIFF file has less than its header says; 0 or less of others, and of streams, whose header cannot
+    know.
+    """
+    order = {b"RIFF": "<I", b"FORM": ">I"}.get(data[:4])
+    if order is None or len(data) < 8:
+        return 0
+    (size,) = struct.unpack_from(order, data, 4)
+    padding = 1  # of a last chunk of odd length: counted by the header, and left out by some
+    return 0 if size == 0 or size >= STREAM_BYTES else size + 8 - padding - len(data)
 
 
 def as_media(arrays: Sequence[np.ndarray]) -> Float[Tensor, "B c *axes"]:

@@ -426,11 +426,13 @@ def test_a_silent_sound_is_bad(tmp_path: Path) -> None:
     data = write_files(tmp_path / "sounds", suffix=".wav", of=tone)
     coder = accepted(mdct(tmp_path / "coder"), data, buckets="32")
     (data / "s02.wav").write_bytes(tone(2, loud=0.0))
-    (data / "s09.wav").write_bytes(tone(9)[:30])
+    (data / "s09.wav").write_bytes(tone(9)[:-30])
+    (data / "s10.wav").write_bytes(b"no sound")
     assert run(coder, data, tmp_path / "out", buckets="32") == 0
     bad = {one["key"]: one["reason"] for one in json.loads((tmp_path / "out" / "bad_samples.json").read_bytes())}
-    assert sorted(bad) == ["s02", "s09"] and "got silence" in bad["s02"] and "libsndfile" in bad["s09"]
-    assert len(written(tmp_path / "out")) == COUNT - 2
+    assert sorted(bad) == ["s02", "s09", "s10"] and "got silence" in bad["s02"]
+    assert "as long as its header says" in bad["s09"] and "libsndfile" in bad["s10"]
+    assert len(written(tmp_path / "out")) == COUNT - 3
 
 
 def test_beyond_the_limit_it_stops_and_goes_on_with_a_higher_one(

@@ -198,6 +198,21 @@ def test_a_video_stands_as_its_camera_was_held(
     assert foreign  # MPEG-4 part 2
 
 
+@pytest.mark.parametrize("form", ["WAV", "AIFF"])
+def test_a_sound_that_breaks_off_is_one_sentence_and_a_stream_is_taken(form: str) -> None:
+    stream = io.BytesIO()
+    soundfile.write(stream, tone(), RATE, format=form, subtype="PCM_16")
+    whole = stream.getvalue()
+    expected = SOUNDS.read(whole, suffix=".wav")[1]
+    with pytest.raises(DataError, match="got 1999 bytes less"):
+        SOUNDS.read(whole[:-2000], suffix=".wav")
+    for size in (0, 0xFFFFFFFF, 0x7FFFF024):
+        head = whole[:4] + struct.pack("<I" if form == "WAV" else ">I", size)
+        assert np.array_equal(SOUNDS.read(head + whole[8:], suffix=".wav")[1], expected)
+    longer = struct.pack("<I" if form == "WAV" else ">I", len(whole) - 8 + 1)
+    assert np.array_equal(SOUNDS.read(whole[:4] + longer + whole[8:], suffix=".wav")[1], expected)
+
+
 def test_a_video_may_have_a_title_that_is_no_utf8() -> None:
     av = pytest.importorskip("av")
     stream = io.BytesIO()
