@@ -1,11 +1,12 @@
-"""Encoding of files to shards against the bare autoencoder on tensors that are ready: one process, one thread, in turn.
+"""Encoding of files to shards against the bare autoencoder on tensors that are ready: one process, in turn.
 
 python tools/bench/encoding.py [--rounds 5] [--json]
 
 Cases: a KL autoencoder of Stable Diffusion's widths halved (random weights: the speed is the same) on JPEGs that are
 cropped to 128 x 128, and the demo's small convolutional one on PNGs of 64 x 64. Timed from files on disk to the part's
-shard, reading, decoding, resizing, digests and writing included. `memory_mb` is the growth of the process's peak
-between the first half of the parts and all of them.
+shard, reading, decoding, resizing, digests and writing included. CPU seconds count where each core has a process of its
+own, as by default; seconds on the clock (`wall_...`) say what a core to spare hides, and nothing on a busy machine.
+`memory_mb` is the growth of the process's peak between the first half of the parts and all of them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import resource
 import shutil
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,8 +84,8 @@ def bare(autoencoder: Autoencoder, media: list[torch.Tensor]) -> None:
 @contextmanager
 def case(
     autoencoder: Autoencoder, *, count: int, size: tuple[int, int], suffix: str, bucket: tuple[int, int]
-) -> Iterator[tuple[dict[str, Callable[[int], float]], Callable[[Part], None], Path]]:
-    """The two arms, seconds of CPU each, and how to encode any part."""
+) -> Iterator[tuple[dict[str, Callable[[], None]], Callable[[Part], None], Path]]:
+    """The two arms, and how to encode any part."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         (root / "media").mkdir()
@@ -102,11 +104,23 @@ def case(
             encoder.encode(Job(part, root / "part"))
             shutil.rmtree(root / "part")
 
-        arms = {
-            "encoding": lambda _: cpu_seconds(lambda: encode(part)),
-            "bare": lambda _: cpu_seconds(lambda: bare(autoencoder, media)),
-        }
-        yield arms, encode, root / "media"
+        yield {"encoding": lambda: encode(part), "bare": lambda: bare(autoencoder, media)}, encode, root / "media"
+
+
+def timed(
+    arms: dict[str, Callable[[], None]], rounds: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:  # fmt: skip
+    """Seconds of CPU and on the clock of each arm, called in turn after one round to warm up."""
+    wall: dict[str, list[float]] = {name: [] for name in arms}
+
+    def once(name: str) -> float:
+        began = time.perf_counter()
+        seconds = cpu_seconds(arms[name])
+        wall[name].append(time.perf_counter() - began)
+        return seconds
+
+    cpu = in_turn({name: lambda _, name=name: once(name) for name in arms}, rounds, warm_up=1)
+    return cpu, {name: seconds[1:] for name, seconds in wall.items()}
 
 
 def growth(encode: Callable[[Part], None], folder: Path, *, suffix: str, samples: int) -> float:
@@ -127,24 +141,29 @@ def main() -> int:
     asked = parser.parse_args()
     settle(1)
     cases: list[dict[str, Any]] = []
-    table = Table("autoencoder", "encoding, samples a CPU second", "bare", "throughput's ratio", "memory, MB")
+    table = Table("autoencoder", "seconds", "encoding, samples a second", "bare", "throughput's ratio", "memory, MB")
     for name, make, count, size, suffix, bucket in (
         ("AutoencoderKL, 128 x 128", kl, 32, (200, 160), "jpg", (16, 16)),
         ("convolutional, 64 x 64", convolutional, 256, (64, 64), "png", (8, 8)),
     ):
         with case(make(), count=count, size=size, suffix=suffix, bucket=bucket) as (arms, encode, folder):
-            seconds = in_turn(arms, asked.rounds, warm_up=1)
+            cpu, wall = timed(arms, asked.rounds)
             grown = growth(encode, folder, suffix=suffix, samples=count // 4)
         result = {
             "case": name,
-            "encoding_per_cpu_s": count / statistics.median(seconds["encoding"]),
-            "bare_per_cpu_s": count / statistics.median(seconds["bare"]),
+            "encoding_per_cpu_s": count / statistics.median(cpu["encoding"]),
+            "bare_per_cpu_s": count / statistics.median(cpu["bare"]),
+            "encoding_per_wall_s": count / statistics.median(wall["encoding"]),
+            "bare_per_wall_s": count / statistics.median(wall["bare"]),
             "memory_mb": grown,
-            **ratios(seconds["bare"], seconds["encoding"]),
+            **ratios(cpu["bare"], cpu["encoding"]),
+            **{f"wall_{key}": value for key, value in ratios(wall["bare"], wall["encoding"]).items()},
         }
         cases.append(result)
-        speeds = [f"{result[key]:.1f}" for key in ("encoding_per_cpu_s", "bare_per_cpu_s")]
-        table.add_row(name, *speeds, shown(result), f"{grown:.1f}")
+        for kind, seconds in (("cpu", cpu), ("wall", wall)):
+            speeds = [f"{result[f'{arm}_per_{kind}_s']:.1f}" for arm in ("encoding", "bare")]
+            ratio = shown(ratios(seconds["bare"], seconds["encoding"]))
+            table.add_row(name, kind, *speeds, ratio, f"{grown:.1f}")
     return finish(table, {"cases": cases}, as_json=asked.json)
 
 
