@@ -44,10 +44,10 @@ demo: env
 	bash slurm/pretrain.sh
 
 test: env
-	$(BIN)/python -m pytest tests -q -m "not slow" $(AT_ONCE)
+	$(BIN)/python -m pytest tests -q -rs -m "not slow" $(AT_ONCE)
 
 test-slow: env
-	$(BIN)/python -m pytest tests -q -m slow $(AT_ONCE)
+	$(BIN)/python -m pytest tests -q -rs -m slow $(AT_ONCE)
 
 oracle: env
 	$(BIN)/python tools/oracle/gaussian_mixture.py --json

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import re
 import shutil
 import warnings
@@ -126,10 +127,12 @@ def _over_world(value: float) -> float:
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError) and error.errno in full:
         return f"disk full: {error.strerror}"
     text = " ".join(str(error).split())
-    return "disk full" if "No space left" in text or "code: 28" in text else text[:300]
+    signs = [sign for number in full for sign in (os.strerror(number), f"code: {number}")]
+    return "disk full" if any(sign in text for sign in signs) else text[:300]
 
 
 def complete(folder: Path) -> list[Path]:
