@@ -39,21 +39,10 @@ class BlockCore(AttentionCore):
         key_BSGK: Float[Tensor, "B S G K"],
         value_BSGK: Float[Tensor, "B S G K"],
     ) -> Float[Tensor, "B S A K"]:
-        key_BSGK, value_BSGK = _with_sharing_heads(query_BSAK, key_BSGK, value_BSGK)
         query, key, value = (x.transpose(1, 2) for x in (query_BSAK, key_BSGK, value_BSGK))
         run = _compiled() if query.is_cuda else flex_attention
         grouped = query.shape[1] != key.shape[1]
         return run(query, key, value, block_mask=self.mask, enable_gqa=grouped).transpose(1, 2)
-
-
-def _with_sharing_heads(
-    query_BSAK: Float[Tensor, "B S A K"], key_BSGK: Float[Tensor, "B S G K"], value_BSGK: Float[Tensor, "B S G K"]
-) -> tuple[Tensor, Tensor]:
-    """Keys and values as they are, or once a query head: torch's kernel shares one among 1, 2, 4, ... alone (2.13)."""
-    sharing = query_BSAK.shape[2] // key_BSGK.shape[2]
-    if sharing.bit_count() == 1:
-        return key_BSGK, value_BSGK
-    return with_equal_heads(query_BSAK, key_BSGK, value_BSGK)
 
 
 @functools.cache
