@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matformer.checkpoint.store import Checkpoint, newest_good, step_of
 from matformer.config.load import load_run
-from matformer.config.schema import RunConfig
+from matformer.config.schema import ParallelConfig, RunConfig
 from matformer.engine.folder import RunFolder, State
 from matformer.errors import CheckpointError, ConfigError
 from matformer.hosts.plain import PlainHost
@@ -49,8 +49,9 @@ def run_config(run_folder: Path) -> RunConfig:
 
 
 def _one_rank(config: RunConfig) -> RunConfig:
-    plain = {"tp": 1, "pp": 1, "dp": 1, "sequence_parallel": False, "dtype": "float32", "host": "plain"}
-    return config.model_copy(update={"parallel": config.parallel.model_copy(update=plain)})
+    """Nothing of the layout that trained it is left: cp, stages and recompute neither."""
+    plain = ParallelConfig(host="plain", threads=config.parallel.threads)
+    return config.model_copy(update={"parallel": plain})
 
 
 def _load_weights(host: PlainHost, *, model: Matformer, checkpoint: Checkpoint, key: str) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from matformer.checkpoint.store import save
 from matformer.config.load import save_resolved
-from matformer.config.schema import RunConfig
+from matformer.config.schema import ParallelConfig, RunConfig
 from matformer.data.loader import heldout_batches, heldout_documents, pack_documents
 from matformer.data.packing import build_batch, with_noise
 from matformer.data.shards import ShardWriter
@@ -448,6 +448,14 @@ def test_inference_takes_the_weights_or_their_average(root: Path, run_folder: Pa
         assert host.steps == 7
         for ours, theirs in zip(model.parameters(), trained.parameters(), strict=True):
             assert torch.equal(ours, factor * theirs)
+
+
+def test_inference_forgets_the_layout_that_trained(root: Path, run_folder: Path) -> None:
+    run = config(root)
+    wide = ParallelConfig(tp=2, cp=2, pp=2, virtual_stages=2, dp=2, recompute="full", threads=1)
+    save_resolved(run.model_copy(update={"parallel": wide}), run_folder / "config.yaml")
+    found, _, _ = load_for_inference(run_folder, ema=False)
+    assert found.parallel == ParallelConfig(host="plain", threads=1)
 
 
 def test_the_door_writes_what_it_shows(
