@@ -144,7 +144,9 @@ def _lines(axes: Axes, results: Results, *, objective: str, modality: str) -> No
     """Means over seeds, and the range between them."""
     first = [statistics.fmean(values_of(results, _first(results), _error(modality, snr))) for snr in LOG_SNRS]
     arms = [arm for arm, facts in results["arms"].items() if facts["objective"] == objective]
-    for colour, arm in zip(COLOURS, arms, strict=False):
+    told = list(dict.fromkeys(facts["conditioning"] for facts in results["arms"].values()))
+    for arm in arms:
+        colour = COLOURS[told.index(results["arms"][arm]["conditioning"]) % len(COLOURS)]
         seeds = [values_of(results, arm, _error(modality, snr)) for snr in LOG_SNRS]
         ratios = [[one / base for one in own] for own, base in zip(seeds, first, strict=True)]
         label = results["arms"][arm]["conditioning"]
@@ -224,6 +226,7 @@ def _measuring(results: Results) -> str:
         "seed against seed, with the standard error over seeds. **±** is the standard deviation over seeds. "
         f"A difference is called one at {clear_over_seeds(len(made['seeds'])):.2f} standard errors (Student's t over "
         "seeds, 5 %) and one sign under all seeds: of twenty comparisons of nothing, one.",
+        *_of_next_latent(results),
         "- **Captions**: the loss under captions of other concepts less that under the own one, the same picture, "
         "noise and t, over its standard error clustered by concept.",
         f"- **Drawn pictures**: {made['judged_samples']} held-out captions, every concept once before any comes twice, "
@@ -236,6 +239,17 @@ def _measuring(results: Results) -> str:
         f"{made['torch']}. CPU seconds are of a shared machine: medians of five steps.",
     ]
     return "\n".join(lines)
+
+
+def _of_next_latent(results: Results) -> list[str]:
+    """What its errors cannot be held against."""
+    if not any(facts["objective"] == "next_latent" for facts in results["arms"].values()):
+        return []
+    return [
+        "- **`next_latent`** denoises a patch behind the clean patches before it: its errors answer an easier question "
+        "than those of arms that see noised patches alone, and stand beside each other only. Drawn pictures, which "
+        "have no clean patch but their own, compare it with the others."
+    ]
 
 
 PAPER = Paper(render, draw, out=Path("docs/results/time_conditioning.md"), about=__doc__)
