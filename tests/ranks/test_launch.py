@@ -15,45 +15,45 @@ import torch
 
 from matformer import launch
 
-# Ranks that do what a run does at its end, without its imports.
+# Ranks that do what a run does at its end, without its imports: one of them ends so, at once or when a signal comes.
 RANKS = """
     import os, pathlib, signal, sys, time
-    ending, here = sys.argv[1], pathlib.Path(sys.argv[2])
+    how, ending, when, here = *sys.argv[1:4], pathlib.Path(sys.argv[4])
     rank = os.environ["RANK"]
-    def stopped(number, frame):
-        if ending == "cannot save" and rank == "1":
-            sys.stderr.write("a sentence of rank 1\\n")
+    def end():
+        if rank != ending:
+            return
+        if how == "says why":
+            sys.stderr.write(f"a sentence of rank {rank}\\n")
             sys.exit(2)
-        if ending == "crashes as it saves" and rank == "1":
+        if how == "crashes":
             sys.exit(1)
-        if ending == "is killed as it saves" and rank == "1":
+        if how == "is killed":
             os.kill(os.getpid(), signal.SIGKILL)
-        if ending == "interrupted" and rank == "1":
+        if how == "is interrupted":
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
+    def stopped(number, frame):
+        end()
         sys.exit(130)
     signal.signal(signal.SIGINT, stopped)
     (here / rank).touch()
     while not (here / "0").exists() or not (here / "1").exists():
         time.sleep(0.01)
-    if ending == "refused" and rank == "0":
-        sys.stderr.write("a sentence of rank 0\\n")
-        sys.exit(2)
-    if ending == "crashed" and rank == "1":
-        sys.exit(1)
-    if ending == "killed" and rank == "1":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if ending != "finished":
+    if when == "at once":
+        end()
+    if how != "finishes":
         time.sleep(60)
 """
 
 
-def launched(tmp_path: Path, ending: str, *, number: signal.Signals | None = None) -> tuple[int, str]:
-    """Two ranks that end so, or get a signal: exit code and stderr of their launcher."""
+def launched(tmp_path: Path, how: str, *, rank: int = 1, number: signal.Signals | None = None) -> tuple[int, str]:
+    """Two ranks of which one ends so, once both got a signal if it is given: exit code and stderr of their launcher."""
     script = tmp_path / "ranks.py"
     script.write_text(textwrap.dedent(RANKS))
     command = [sys.executable, "-m", "matformer.launch", "--signals-to-handle=SIGINT", "--standalone"]
-    command += ["--nproc-per-node=2", str(script), ending, str(tmp_path)]
+    when = "at a signal" if number else "at once"
+    command += ["--nproc-per-node=2", str(script), how, str(rank), when, str(tmp_path)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         if number is not None:
             deadline = time.monotonic() + 60
@@ -66,16 +66,16 @@ def launched(tmp_path: Path, ending: str, *, number: signal.Signals | None = Non
 
 
 @pytest.mark.parametrize(
-    ("ending", "code", "words"),
+    ("how", "rank", "code", "words"),
     [
-        ("finished", 0, ""),
-        ("refused", 2, "a sentence of rank 0\n"),
-        ("crashed", 1, "every rank must end well, but rank 1 failed with exit code 1; start again"),
-        ("killed", 137, "every rank must end well, but rank 1 was ended by SIGKILL; start again"),
+        ("finishes", 1, 0, ""),
+        ("says why", 0, 2, "a sentence of rank 0\n"),
+        ("crashes", 1, 1, "every rank must end well, but rank 1 failed with exit code 1; start again"),
+        ("is killed", 1, 137, "every rank must end well, but rank 1 was ended by SIGKILL; start again"),
     ],
 )
-def test_the_exit_code_is_the_ranks_own(tmp_path: Path, ending: str, code: int, words: str) -> None:
-    found, error = launched(tmp_path, ending)
+def test_the_exit_code_is_the_ranks_own(tmp_path: Path, how: str, rank: int, code: int, words: str) -> None:
+    found, error = launched(tmp_path, how, rank=rank)
     assert found == code, error
     assert words in error and error.count("\n") == bool(words), error
 
@@ -85,18 +85,18 @@ def test_a_signal_ends_all_ranks_without_a_traceback(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ending", "code", "words"),
+    ("how", "code", "words"),
     [
-        ("cannot save", 2, "a sentence of rank 1\n"),
-        ("crashes as it saves", 1, "every rank must end well, but rank 1 failed with exit code 1; start again"),
-        ("is killed as it saves", 137, "every rank must end well, but rank 1 was ended by SIGKILL; start again"),
-        ("interrupted", 1, "every rank must end well, but rank 1 was ended by SIGINT; start again"),
+        ("says why", 2, "a sentence of rank 1\n"),
+        ("crashes", 1, "every rank must end well, but rank 1 failed with exit code 1; start again"),
+        ("is killed", 137, "every rank must end well, but rank 1 was ended by SIGKILL; start again"),
+        ("is interrupted", 1, "every rank must end well, but rank 1 was ended by SIGINT; start again"),
     ],
 )
 def test_stopped_and_saved_is_said_only_if_every_rank_has_saved(
-    tmp_path: Path, ending: str, code: int, words: str
+    tmp_path: Path, how: str, code: int, words: str
 ) -> None:
-    found, error = launched(tmp_path, ending, number=signal.SIGINT)
+    found, error = launched(tmp_path, how, number=signal.SIGINT)
     assert found == code, error
     assert words in error and error.count("\n") == 1, error
 
